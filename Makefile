@@ -1,0 +1,41 @@
+# retinaserve: two commands matter, `make serve` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One ONNX Runtime for every target: the cpu and the gpu wheel overwrite each other.
+RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve install test check format demo-model bench clean
+
+serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
+	$(BIN)/python -m service
+
+install: $(VENV)/.everything-$(RUNTIME) ## all that a contributor needs
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: install ## format, lint, types, fast tests: run it before every commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow"
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.service-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[$(RUNTIME)]'
+	touch $@
+
+$(VENV)/.everything-$(RUNTIME): $(VENV)/.service-$(RUNTIME)
+	$(PIP) --editable '.[$(RUNTIME),training,dev]'
+	touch $@

@@ -1,0 +1,58 @@
+"""The values that pass between the stages of detection.
+
+bytes --decode_image--> RGB uint8 [H, W, 3] --to_canvas--> CanvasImage --Detector.run--> Candidates
+      --suppress--> Detections (canvas pixels) --to_original--> Detections (original pixels)
+
+Boxes are xyxy float32; the frame (canvas or original pixels) is said by the function that returns them. Sizes are (height, width).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""RGB [height, width, 3], values 0 to 255."""
+
+
+@dataclass(frozen=True, eq=False)
+class CanvasImage:
+    """An image resized and laid into the top left corner of the network's input."""
+
+    pixels: Pixels
+    """[canvas height, canvas width, 3]; rows and columns beyond `size` are padding."""
+    size: tuple[int, int]
+    """(height, width) of the valid part."""
+    original_size: tuple[int, int]
+    """(height, width) of the upright image before resizing."""
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        height, width, _ = self.pixels.shape
+        return height, width
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What the network says of one image, before threshold and NMS. Canvas pixels."""
+
+    boxes: NDArray[np.float32]
+    """[candidates, 4] xyxy, clipped to the valid part of the canvas."""
+    scores: NDArray[np.float32]
+    """[candidates], 0 to 1; below 0 where a pyramid level had fewer than 1,000 pairs to offer."""
+    labels: NDArray[np.int64]
+    """[candidates] category ids."""
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The objects found in one image, best score first."""
+
+    boxes: NDArray[np.float32]
+    """[detections, 4] xyxy."""
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    """[detections] category ids."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
