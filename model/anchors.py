@@ -1,0 +1,116 @@
+"""Anchors: the reference boxes that every cell of every pyramid level offers, and the coding of boxes relative to them.
+
+Frame: xyxy float32 in canvas pixels, cell centres at multiples of the stride (offset 0), as torchvision's AnchorGenerator has it.
+Order: level, then row, then column, then the cell's anchors by aspect ratio and within it by scale. The heads' channels follow it.
+
+Sources: Lin et al. 2017 (Focal Loss) §4 "Anchors"; Girshick 2015 (Fast R-CNN) eq. 1-4 for the coding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = math.log(1000 / 16)
+"""Bound of dw and dh, so that an untrained network cannot overflow exp()."""
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Nine anchors per cell by default: three scales by three aspect ratios. Sizes are canvas pixels."""
+
+    base_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    """Side of the square anchor of each level, lowest level first."""
+    scales: tuple[float, ...] = (1, 2 ** (1 / 3), 2 ** (2 / 3))
+    aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
+    """Height over width."""
+    lowest_level: int = 3
+    """P3: its cells are 2**3 pixels apart."""
+    stride: Literal["exact", "torchvision"] = "exact"
+    """exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7 and which its weights were trained with."""
+
+    def __post_init__(self) -> None:
+        lengths = (*self.base_sizes, *self.scales, *self.aspect_ratios)
+        if not (self.base_sizes and self.scales and self.aspect_ratios) or min(lengths) <= 0:
+            raise ValueError("anchors need base sizes, scales and aspect ratios, all above 0")
+
+    @property
+    def levels(self) -> range:
+        return range(self.lowest_level, self.lowest_level + len(self.base_sizes))
+
+    @property
+    def per_cell(self) -> int:
+        return len(self.scales) * len(self.aspect_ratios)
+
+
+def cell_anchors(base_size: float, scales: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """The anchors of one cell, centred on the origin: [ratios * scales, 4], whole pixels as torchvision rounds them."""
+    sizes = torch.tensor([int(base_size * scale) for scale in scales], dtype=torch.float32)
+    height_factors = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
+    widths = (1 / height_factors[:, None] * sizes).flatten()
+    heights = (height_factors[:, None] * sizes).flatten()
+    return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).round()
+
+
+def grid_anchors(cell: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """Repeat one cell's anchors [A, 4] over a grid of (rows, columns) with stride (y, x): [rows * columns * A, 4]."""
+    rows = torch.arange(grid[0], dtype=torch.float32, device=cell.device) * stride[0]
+    columns = torch.arange(grid[1], dtype=torch.float32, device=cell.device) * stride[1]
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    centres = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+    return (centres + cell).reshape(-1, 4)
+
+
+class Anchors(torch.nn.Module):
+    """The anchors of every level for a canvas; holds no parameters and no state-dict entries."""
+
+    def __init__(self, config: AnchorConfig) -> None:
+        super().__init__()
+        self.config = config
+        cells = [cell_anchors(size, config.scales, config.aspect_ratios) for size in config.base_sizes]
+        self.register_buffer("cells", torch.stack(cells), persistent=False)
+
+    def forward(self, canvas: tuple[int, int], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """[cells * A, 4] for each level, given the canvas (height, width) and each level's grid (rows, columns)."""
+        return [
+            grid_anchors(cell, grid, self._stride(level, canvas, grid))
+            for cell, level, grid in zip(self.cells, self.config.levels, grids, strict=True)
+        ]
+
+    def _stride(self, level: int, canvas: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+        if self.config.stride == "torchvision":
+            return canvas[0] // grid[0], canvas[1] // grid[1]
+        return 2**level, 2**level
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """The regression deltas that turn anchors into boxes; the inverse of `decode_boxes`.
+
+    boxes    [..., 4]  xyxy, canvas pixels, width and height above 0
+    anchors  [..., 4]  xyxy, canvas pixels
+    returns  [..., 4]  (dx, dy, dw, dh), unitless
+    """
+    anchor_sizes = anchors[..., 2:] - anchors[..., :2]
+    anchor_centres = anchors[..., :2] + anchor_sizes / 2
+    sizes = boxes[..., 2:] - boxes[..., :2]
+    centres = boxes[..., :2] + sizes / 2
+    return torch.cat([(centres - anchor_centres) / anchor_sizes, torch.log(sizes / anchor_sizes)], dim=-1)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Apply regression deltas to anchors.
+
+    deltas   [..., 4]  (dx, dy, dw, dh), unitless
+    anchors  [..., 4]  xyxy, canvas pixels
+    returns  [..., 4]  xyxy, canvas pixels, not clipped
+
+    dw and dh are limited to log(1000 / 16). Fast R-CNN parametrisation (Girshick 2015, eq. 1-4).
+    """
+    anchor_sizes = anchors[..., 2:] - anchors[..., :2]
+    anchor_centres = anchors[..., :2] + anchor_sizes / 2
+    centres = deltas[..., :2] * anchor_sizes + anchor_centres
+    half_sizes = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_RATIO)) * anchor_sizes / 2
+    return torch.cat([centres - half_sizes, centres + half_sizes], dim=-1)

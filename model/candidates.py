@@ -1,0 +1,122 @@
+"""From canvases to candidates: normalise, run the network, select the best pairs of each level, decode their boxes.
+
+This one torch module is what evaluation runs and what the export traces, so a checkpoint and its ONNX file cannot drift apart.
+Every output has a fixed size, whatever the input: 1,000 (anchor, class) pairs for each pyramid level, absent ones scored -1.
+The score threshold and NMS come after it (`model.suppress`).
+
+Source: Lin et al. 2017 §4.1 "Inference"; the order (top-k, decode, clip) is torchvision's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.anchors import decode_boxes
+from model.metadata import Label
+from model.retinanet import LevelOutputs, RetinaNet
+
+PRE_NMS_TOP_K = 1000
+"""(anchor, class) pairs kept on each level."""
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet's RGB statistics on the scale 0 to 1, those of torchvision's backbones."""
+
+
+class Normalise(nn.Module):
+    """uint8 canvases [N, H, W, 3] -> float [N, 3, H, W], zero in the padding beyond `sizes` [N, 2] (height, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", 1 / (255 * torch.tensor(IMAGE_STD)).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", (torch.tensor(IMAGE_MEAN) / torch.tensor(IMAGE_STD)).view(3, 1, 1), persistent=False
+        )
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale - self.shift
+        rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
+        columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
+        return pixels * (rows[:, None, :, None] & columns[:, None, None, :])  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateBatch:
+    """Canvas pixels; candidates = 1,000 x levels."""
+
+    boxes: Tensor
+    """float32 [N, candidates, 4] xyxy, clipped to each image's size."""
+    scores: Tensor
+    """float32 [N, candidates]"""
+    labels: Tensor
+    """int64 [N, candidates] category ids"""
+
+
+class CandidateDetector(nn.Module):
+    """A RetinaNet from canvases to candidates."""
+
+    def __init__(self, network: RetinaNet, labels: Sequence[Label]) -> None:
+        super().__init__()
+        if len(labels) != network.num_classes:
+            raise ValueError(f"{len(labels)} labels for a network of {network.num_classes} classes")
+        self.normalise = Normalise()
+        self.network = network
+        self.register_buffer("class_ids", torch.tensor([label.class_id for label in labels]), persistent=False)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images uint8 [N, H, W, 3] RGB, sizes int64 [N, 2] valid (height, width) -> boxes, scores, labels."""
+        outputs = self.network(self.normalise(images, sizes))
+        batch = self.select(outputs, sizes, canvas=(images.shape[1], images.shape[2]))
+        return batch.boxes, batch.scores, batch.labels
+
+    def select(self, outputs: LevelOutputs, sizes: Tensor, canvas: tuple[int, int]) -> CandidateBatch:
+        anchors = self.network.anchors(canvas, outputs.grids)
+        num_classes = self.network.num_classes
+        levels = [
+            _select_level(cls_logits, bbox_regression, level_anchors, num_classes)
+            for cls_logits, bbox_regression, level_anchors in zip(
+                outputs.cls_logits, outputs.bbox_regression, anchors, strict=True
+            )
+        ]
+        boxes, logits, columns = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        scores = torch.where(logits == -torch.inf, -1.0, torch.sigmoid(logits))
+        return CandidateBatch(_clip(boxes, sizes), scores, self.class_ids[columns])
+
+
+def _select_level(
+    cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The top 1,000 (anchor, class) pairs of one level: boxes [N, 1000, 4], logits [N, 1000], columns [N, 1000].
+
+    In two steps, which is exact (those pairs lie on the 1,000 anchors of the best maxima) and sorts K times less: first the
+    anchors by their best class, then the pairs on them. -inf fills up a level that has fewer.
+    """
+    batch, _, rows, columns = cls_logits.shape
+    cells = rows * columns
+    per_cell = bbox_regression.shape[1] // 4
+    by_anchor = cls_logits.reshape(batch, per_cell, num_classes, cells)
+    best = by_anchor.amax(dim=2).transpose(1, 2).reshape(batch, cells * per_cell)
+    filling = best.new_full((1, PRE_NMS_TOP_K), -torch.inf).expand(batch, -1)
+    best, anchor = torch.cat([best, filling], dim=1).topk(PRE_NMS_TOP_K, dim=1)
+    anchor = anchor.clamp(max=cells * per_cell - 1)
+    cell, in_cell = anchor // per_cell, anchor % per_cell
+
+    classes = torch.arange(num_classes, device=anchor.device)
+    position = (in_cell[:, :, None] * num_classes + classes) * cells + cell[:, :, None]
+    logits = cls_logits.reshape(batch, -1).gather(1, position.reshape(batch, -1))
+    logits = logits.masked_fill((best == -torch.inf).repeat_interleave(num_classes, dim=1), -torch.inf)
+    logits, pair = logits.topk(PRE_NMS_TOP_K, dim=1)
+    chosen = pair // num_classes
+    anchor, cell, in_cell = (index.gather(1, chosen) for index in (anchor, cell, in_cell))
+
+    sides = torch.arange(4, device=anchor.device)
+    position = (in_cell[:, :, None] * 4 + sides) * cells + cell[:, :, None]
+    deltas = bbox_regression.reshape(batch, -1).gather(1, position.reshape(batch, -1)).reshape(batch, -1, 4)
+    return decode_boxes(deltas.float(), anchors[anchor]), logits.float(), pair % num_classes
+
+
+def _clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    height, width = sizes[:, None, :1].to(boxes.dtype), sizes[:, None, 1:].to(boxes.dtype)
+    limits = torch.cat([width, height, width, height], dim=-1)
+    return torch.minimum(boxes.clamp(min=0), limits)

@@ -1,0 +1,157 @@
+"""`python -m training`: demo | train | evaluate | import | export.
+
+Errors that a user can mend are one line on stderr and exit code 2.
+"""
+
+import argparse
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from model.metadata import InvalidModel
+from training.checkpoint import InvalidCheckpoint
+from training.coco import InvalidDataSet, load_coco
+from training.config import PRESETS, TrainConfig, add_flags, override
+
+USER_ERRORS = (InvalidCheckpoint, InvalidDataSet, InvalidModel, ValueError, OSError, RuntimeError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    options = build_parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except USER_ERRORS as error:
+        print(f"python -m training: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(commands, "demo", "draw a data set of shapes in COCO format", demo)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must hold no data set yet")
+    parser.add_argument("--images", type=int, default=6000, help="training pictures")
+    parser.add_argument("--validation-images", type=int, default=500, help="validation pictures")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(commands, "train", "train RetinaNet on COCO-format data", train)
+    parser.add_argument("--data", type=Path, required=True, help="folder of a COCO-format data set")
+    parser.add_argument("--out", type=Path, required=True, help="run folder: last.pt, best.pt, metrics.jsonl")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="recipe; every value has a flag of its own")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load samples; 0: none")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
+    add_flags(parser.add_argument_group("values of the preset"), TrainConfig)  # type: ignore[arg-type]
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(commands, "evaluate", "COCO AP of a checkpoint or an ONNX file", evaluate)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of a COCO-format data set; its val split is used"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt or FILE.onnx")
+    parser.add_argument("--images", type=int, default=0, help="only the first N pictures; 0: all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(commands, "export", "write the ONNX file that the service loads", export)
+    parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.onnx")
+    parser.add_argument("--name", help="what /model and every answer call it; default: the file's stem")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic")
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    help_text: str,
+    function: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help_text, description=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def demo(options: argparse.Namespace) -> None:
+    from training.demo import draw_data_set
+
+    draw_data_set(options.out, images=options.images, validation_images=options.validation_images, seed=options.seed)
+
+
+def train(options: argparse.Namespace) -> None:
+    from training.evaluate import choose_device
+    from training.train import train as run_training
+
+    config = override(PRESETS[options.preset], vars(options))
+    report = run_training(
+        config,
+        load_coco(options.data, "train"),
+        load_coco(options.data, "val"),
+        options.out,
+        device=choose_device(options.device),
+        workers=options.workers,
+        resume=options.resume,
+        notes={
+            "command": "python -m training " + shlex.join(sys.argv[1:]),
+            "commit": current_commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
+    print(report.table())
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from training.evaluate import evaluate as run_evaluation
+    from training.evaluate import open_predictor
+
+    report = run_evaluation(
+        open_predictor(options.model, options.device), load_coco(options.data, "val"), limit=options.images
+    )
+    print(report.table())
+
+
+def export(options: argparse.Namespace) -> None:
+    from training.checkpoint import load_checkpoint
+    from training.export import export as run_export
+
+    run_export(
+        load_checkpoint(options.model), options.out, name=options.name or options.out.stem, precision=options.precision
+    )
+
+
+def current_commit() -> str:
+    """The commit of the working tree, with a + where it has changes; empty outside a repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

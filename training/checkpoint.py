@@ -1,0 +1,104 @@
+"""Checkpoints: a dict that `torch.load(weights_only=True)` reads, written to a temporary name and renamed.
+
+Keys: `model` (state dict on torchvision's names), `ema` (the averaged weights, or None), `config`, `labels`, `step`, `ap`,
+`data_set`, and `optimiser` with what resuming needs. Evaluation and export use `ema` where there is one.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.candidates import CandidateDetector
+from model.metadata import Label
+from model.retinanet import RetinaNet
+from training.config import TrainConfig, from_dict, to_dict
+
+FORMAT = "retinaserve checkpoint 1"
+
+
+class InvalidCheckpoint(ValueError):
+    """The file is not a checkpoint of ours, or does not fit what is asked of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    config: TrainConfig
+    labels: tuple[Label, ...]
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None = None
+    step: int = 0
+    ap: float | None = None
+    data_set: str = ""
+    training: Mapping[str, str] | None = None
+    """How it was made, for people: command, seconds, commit."""
+    optimiser: Mapping[str, Any] | None = None
+
+    @property
+    def best_weights(self) -> Mapping[str, Tensor]:
+        return self.model if self.ema is None else self.ema
+
+
+def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
+    """Write the file or leave the old one as it was."""
+    content = {
+        "format": FORMAT,
+        "config": to_dict(checkpoint.config),
+        "labels": [{"class_id": label.class_id, "label": label.label} for label in checkpoint.labels],
+        "model": dict(checkpoint.model),
+        "ema": None if checkpoint.ema is None else dict(checkpoint.ema),
+        "step": checkpoint.step,
+        "ap": checkpoint.ap,
+        "data_set": checkpoint.data_set,
+        "training": dict(checkpoint.training or {}),
+        "optimiser": checkpoint.optimiser,
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(file: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. InvalidCheckpoint: missing, corrupt, of another program or version."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InvalidCheckpoint(f"there is no checkpoint {file}") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InvalidCheckpoint(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InvalidCheckpoint(
+            f"{file} is no {FORMAT}; `python -m training import` makes one of torchvision's weights"
+        )
+    try:
+        return Checkpoint(
+            config=from_dict(TrainConfig, content["config"]),
+            labels=tuple(Label(label["class_id"], label["label"]) for label in content["labels"]),
+            model=content["model"],
+            ema=content["ema"],
+            step=content["step"],
+            ap=content["ap"],
+            data_set=content["data_set"],
+            training=content["training"],
+            optimiser=content["optimiser"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidCheckpoint(f"{file} does not hold what this version expects: {error}") from error
+
+
+def build_detector(checkpoint: Checkpoint) -> CandidateDetector:
+    """The network with the checkpoint's best weights, ready for evaluation or export."""
+    network = RetinaNet(checkpoint.config.model, len(checkpoint.labels))
+    try:
+        network.load_state_dict(dict(checkpoint.best_weights), strict=True)
+    except RuntimeError as error:
+        raise InvalidCheckpoint(f"the weights do not fit the architecture: {error}") from error
+    return CandidateDetector(network, checkpoint.labels).eval()

@@ -1,0 +1,180 @@
+"""Random changes of one training sample, and the batch that is made of several.
+
+A sample is an upright RGB picture uint8 [H, W, 3] with its boxes in the picture's pixels; every step keeps boxes and pixels
+together. Randomness comes from the generator that is passed in, never from elsewhere, so a sample is a function of its key.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.image import resized_size
+from model.metadata import ResizePolicy
+from model.types import Pixels
+from training.coco import Target
+from training.config import AugmentConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    pixels: Pixels
+    target: Target
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    images: Tensor
+    """uint8 [N, H, W, 3], padded at the bottom and right."""
+    sizes: Tensor
+    """int64 [N, 2] (height, width) of each image in it."""
+    targets: list["TensorTarget"]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorTarget:
+    """`Target` as tensors, canvas pixels."""
+
+    boxes: Tensor
+    columns: Tensor
+    ignored: Tensor
+
+    def to(self, device: torch.device) -> "TensorTarget":
+        return TensorTarget(self.boxes.to(device), self.columns.to(device), self.ignored.to(device))
+
+
+def augment(
+    sample: Sample, config: AugmentConfig, resize: ResizePolicy, rng: Generator, crop_size: int | None
+) -> Sample:
+    """Flip, resize with jitter, crop if a crop size is given, and change the colours."""
+    sample = random_flip(sample, config, rng)
+    sample = random_resize(sample, config, resize, rng, crop_size)
+    return Sample(random_colour(sample.pixels, config, rng), sample.target)
+
+
+def random_flip(sample: Sample, config: AugmentConfig, rng: Generator) -> Sample:
+    pixels, target = sample.pixels, sample.target
+    if rng.random() < config.horizontal_flip:
+        width = pixels.shape[1]
+        pixels = pixels[:, ::-1]
+        target = _map_boxes(target, lambda b: np.stack([width - b[:, 2], b[:, 1], width - b[:, 0], b[:, 3]], axis=1))
+    if rng.random() < config.vertical_flip:
+        height = pixels.shape[0]
+        pixels = pixels[::-1]
+        target = _map_boxes(target, lambda b: np.stack([b[:, 0], height - b[:, 3], b[:, 2], height - b[:, 1]], axis=1))
+    if rng.random() < config.transpose:
+        pixels = pixels.transpose(1, 0, 2)
+        target = _map_boxes(target, lambda b: b[:, [1, 0, 3, 2]])
+    return Sample(np.ascontiguousarray(pixels), target)
+
+
+def random_resize(
+    sample: Sample, config: AugmentConfig, resize: ResizePolicy, rng: Generator, crop_size: int | None
+) -> Sample:
+    """Resize to a drawn shorter side times the jitter; with a crop size, only that part of the result is made."""
+    height, width = sample.pixels.shape[:2]
+    policy = replace(resize, shorter_side=int(rng.choice(config.shorter_sides)))
+    low, high = np.log(config.scale_jitter)
+    jitter = float(np.exp(rng.uniform(low, high)))
+    new_height, new_width = (max(1, int(side * jitter)) for side in resized_size(height, width, policy))
+    if crop_size is None:
+        pixels = cv2.resize(sample.pixels, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+        return Sample(pixels, _scale_boxes(sample.target, new_width / width, new_height / height))
+    crop = min(crop_size, new_height), min(crop_size, new_width)
+    target = _scale_boxes(sample.target, new_width / width, new_height / height)
+    top, left = _crop_corner(target, (new_height, new_width), crop, config.crop_on_object, rng)
+    pixels = _resized_window(sample.pixels, (new_height, new_width), (top, left), crop)
+    return Sample(pixels, _crop_boxes(target, (top, left), crop, config.min_visible))
+
+
+def random_colour(pixels: Pixels, config: AugmentConfig, rng: Generator) -> Pixels:
+    gain = 1 + rng.uniform(-config.contrast, config.contrast)
+    shift = 255 * rng.uniform(-config.brightness, config.brightness)
+    if gain != 1 or shift != 0:
+        table = np.arange(256) * gain + shift + float(pixels.mean()) * (1 - gain)
+        pixels = cv2.LUT(pixels, table.clip(0, 255).astype(np.uint8))
+    if rng.random() < config.shuffle_channels:
+        pixels = pixels[..., rng.permutation(3)]
+    return np.ascontiguousarray(pixels)
+
+
+def collate(samples: Sequence[Sample], divisor: int) -> Batch:
+    """Lay the samples into the top left corners of one canvas size, a multiple of the divisor."""
+    sizes = [sample.pixels.shape[:2] for sample in samples]
+    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+    images = np.zeros((len(samples), height, width, 3), dtype=np.uint8)
+    for canvas, sample, (h, w) in zip(images, samples, sizes, strict=True):
+        canvas[:h, :w] = sample.pixels
+    targets = [
+        TensorTarget(*(torch.from_numpy(a) for a in (s.target.boxes, s.target.columns, s.target.ignored)))
+        for s in samples
+    ]
+    return Batch(torch.from_numpy(images), torch.tensor(sizes), targets)
+
+
+def _crop_corner(
+    target: Target, size: tuple[int, int], crop: tuple[int, int], on_object: float, rng: Generator
+) -> tuple[int, int]:
+    """(top, left) of a crop: anywhere, or so that it holds one drawn object (or is full of it)."""
+    lowest, highest = np.zeros(2), np.subtract(size, crop)
+    if len(target.boxes) and rng.random() < on_object:
+        x1, y1, x2, y2 = target.boxes[rng.integers(len(target.boxes))]
+        near, far = np.array([y1, x1]), np.array([y2, x2]) - crop
+        lowest, highest = (np.clip(edge, 0, highest) for edge in (np.minimum(near, far), np.maximum(near, far)))
+    top, left = rng.integers(np.floor(lowest), np.floor(highest) + 1)
+    return int(top), int(left)
+
+
+def _resized_window(
+    pixels: Pixels, resized: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
+) -> Pixels:
+    """The window (height, width) at `corner` (top, left) of the picture resized to `resized`, without making the rest."""
+    scale_y, scale_x = (new / old for new, old in zip(resized, pixels.shape[:2], strict=True))
+    # pixel centres: x_resized = (x + 0.5) * scale - 0.5 - left
+    matrix = np.array(
+        [
+            [scale_x, 0, 0.5 * scale_x - 0.5 - corner[1]],
+            [0, scale_y, 0.5 * scale_y - 0.5 - corner[0]],
+        ]
+    )
+    size = (window[1], window[0])
+    warped = cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return warped.astype(np.uint8, copy=False)
+
+
+def _scale_boxes(target: Target, scale_x: float, scale_y: float) -> Target:
+    factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+    return _map_boxes(target, lambda boxes: boxes * factors)
+
+
+def _crop_boxes(target: Target, corner: tuple[int, int], size: tuple[int, int], min_visible: float) -> Target:
+    """Clip to the crop; objects that lost too much of themselves become ignored regions, those outside go."""
+    boxes, visible = _clip(target.boxes, corner, size)
+    ignored, ignored_visible = _clip(target.ignored, corner, size)
+    cut = (visible > 0) & (visible < min_visible)
+    whole = visible >= min_visible
+    return Target(boxes[whole], target.columns[whole], np.concatenate([ignored[ignored_visible > 0], boxes[cut]]))
+
+
+def _clip(
+    boxes: NDArray[np.float32], corner: tuple[int, int], size: tuple[int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Boxes in the crop's frame, and the share of each one's area that is left."""
+    top, left = corner
+    moved = boxes - np.array([left, top, left, top], dtype=np.float32)
+    limits = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)
+    clipped = np.clip(moved, 0, limits)
+    return clipped, _area(clipped) / np.maximum(_area(moved), 1e-6)
+
+
+def _area(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # type: ignore[no-any-return]
+
+
+def _map_boxes(target: Target, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Target:
+    return Target(change(target.boxes), target.columns, change(target.ignored))
