@@ -48,12 +48,13 @@ def test_areas_are_those_of_the_textbook() -> None:
     assert area("cross") == pytest.approx(200 * 64 * 2 - 64**2)
 
 
-def test_half_a_pixel_is_half_covered() -> None:
-    square = shapes.place(shapes.SHAPES["square"], size=3, aspect=1, angle=0, centre=(4, 4))
+def test_coverage_is_the_share_of_each_pixel_and_the_same_on_every_side() -> None:
+    square = shapes.place(shapes.SHAPES["square"], size=3.1, aspect=1, angle=0, centre=(4, 4))
     covered = shapes.coverage(square, (2, 2, 6, 6))
     assert covered[1:3, 1:3] == pytest.approx(1)
-    assert covered[0, 1:3] == pytest.approx(0.5, abs=0.13)
-    assert covered[0, 0] == pytest.approx(0.25, abs=0.13)
+    assert covered[0, 1:3] == pytest.approx(0.55, abs=0.13)
+    assert covered[0, 0] == pytest.approx(0.55**2, abs=0.13)
+    assert np.array_equal(covered, covered[::-1, ::-1])
 
 
 def test_nothing_is_left_of_a_shape_outside_the_picture() -> None:
