@@ -62,7 +62,7 @@ class LevelOutputs:
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        return [(int(maps.shape[2]), int(maps.shape[3])) for maps in self.bbox_regression]
+        return [(maps.shape[2], maps.shape[3]) for maps in self.bbox_regression]  # symbolic under the exporter
 
 
 @dataclass(frozen=True, eq=False)
