@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install test check format demo-model bench clean
+.PHONY: serve install test check format demo-model bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	$(BIN)/python -m service
@@ -25,6 +25,15 @@ check: install ## format, lint, types, fast tests: run it before every commit
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docker-test: install ## builds the images and tests them with Compose, Prometheus and the proxy; needs a Docker engine
+	DOCKER_TEST=1 $(BIN)/python -m pytest -ra tests/test_docker.py
+
+docker-requirements: install ## pins, with hashes, what goes into the images
+	$(PIP) uv
+	for runtime in cpu gpu; do $(BIN)/uv pip compile --quiet --no-config --upgrade --generate-hashes --no-emit-index-url --no-annotate \
+	  --python-version 3.13 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt --extra $$runtime \
+	  --custom-compile-command "make docker-requirements" --output-file docker/requirements-$$runtime.txt pyproject.toml || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
