@@ -1,0 +1,178 @@
+"""`python -m service` serves; `python -m service detect` detects in files.
+
+Signals: SIGTERM drains (not ready at once, still serving for the drain delay, then the listener closes and what is in
+flight finishes); SIGINT does so without the delay; a second of either ends the process at once; SIGHUP reloads the
+model. Exit codes: 0 after draining, 2 for a setting, file, device or port that cannot be used, 128 + signal when cut
+short.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+from model.detector import Detector, available_cores
+from service import detect
+from service.app import Service, create_app
+from service.config import PROGRAM, Settings, parse_settings
+from service.engine import Engine
+from service.gpu import sample_gpus
+from service.logs import start_logging
+from service.metrics import Metrics, program_version
+from service.store import ModelStore
+
+logger = logging.getLogger("service")
+
+USAGE_ERROR = 2
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: it would close the listener at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["detect"]:
+        return detect.main(arguments[1:])
+    settings = parse_settings(arguments)
+    listener = start_logging(settings.log_format, settings.log_level)
+    try:
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+            return runner.run(serve(settings))
+    finally:
+        listener.stop()
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until told to stop; the exit code."""
+    try:
+        listening = listen(settings.host, settings.port)
+    except OSError as error:
+        return failed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
+    service = build_service(settings)
+    try:
+        server = Server(uvicorn_config(service, settings))
+        server.config.load()
+    except OSError as error:
+        return failed(f"cannot use the TLS certificate: {error}")
+    return await Run(settings, service, server, listening).until_stopped()
+
+
+class Run:
+    """One life of the server: start, signals, drain, end."""
+
+    def __init__(self, settings: Settings, service: Service, server: Server, listening: socket.socket) -> None:
+        self._settings = settings
+        self._service = service
+        self._server = server
+        self._listening = listening
+        self._loop = asyncio.get_running_loop()
+        self._failure: str | None = None
+
+    async def until_stopped(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop, number)
+        self._loop.add_signal_handler(signal.SIGHUP, self._service.store.ask_reload)
+        self._service.engine.start()
+        self._service.store.start(self._model_failed)
+        scheme = "https" if self._settings.ssl_certfile else "http"
+        host, port = self._listening.getsockname()[:2]
+        logger.info(
+            "listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port,
+            extra={"fields": {"version": program_version(), "settings": self._settings.model_dump(mode="json")}},
+        )  # fmt: skip
+        with sample_gpus(self._service.metrics):
+            await self._server.serve([self._listening])
+        self._service.store.close()
+        if not self._service.engine.close():
+            logger.error("the device is stuck in an inference: leaving it behind")
+        if self._failure is not None:
+            return failed(self._failure)
+        logger.info("stopped")
+        return 0
+
+    def _stop(self, number: int) -> None:
+        """Drain; at the second signal end the process."""
+        if self._service.life.draining:
+            os._exit(128 + number)
+        self._service.life.draining = True
+        delay_seconds = 0 if number == signal.SIGINT else self._settings.drain_delay_seconds
+        logger.info("draining: not ready, still serving for %g s", delay_seconds)
+        self._loop.call_later(delay_seconds, self._close_listener)
+
+    def _close_listener(self) -> None:
+        self._server.should_exit = True
+
+    def _model_failed(self, reason: str) -> None:
+        """On the loader's thread."""
+        self._failure = reason
+        self._loop.call_soon_threadsafe(self._close_listener)
+
+
+def build_service(settings: Settings) -> Service:
+    """The parts of the service, none of them started."""
+    metrics = Metrics()
+    open_detector = functools.partial(
+        Detector,
+        device=settings.device,
+        threads=settings.threads,
+        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+    )
+    store = ModelStore(
+        settings.model,
+        open_detector,
+        metrics,
+        sha256=settings.model_sha256,
+        poll_seconds=settings.model_poll_seconds,
+    )
+    engine = Engine(
+        store,
+        metrics,
+        queue_capacity=settings.queue_capacity,
+        max_batch_size=settings.max_batch_size,
+        max_batch_delay_seconds=settings.max_batch_delay_seconds,
+        decode_threads=settings.decode_threads or available_cores(),
+        max_image_pixels=settings.max_image_pixels,
+    )
+    return Service(settings, store, engine, metrics)
+
+
+def uvicorn_config(service: Service, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(service, settings),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        # What is in flight ends by itself within these; the rest is for sending the answers.
+        timeout_graceful_shutdown=math.ceil(settings.upload_timeout_seconds + settings.request_timeout_seconds + 5),
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def failed(reason: str) -> int:
+    """Say why in one line."""
+    sys.stderr.write(f"{PROGRAM}: error: {reason}\n")
+    return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""Every setting of the service: a flag, an environment variable RETINASERVE_<NAME>, a default. A flag wins over the
+environment.
+
+`Settings` is the only list of them: the flags and `--help` are made from its fields. An unknown flag or RETINASERVE_
+variable, or a value out of range, is one line on standard error and exit code 2. Sizes take units (`20MiB`); lists are
+separated by commas.
+"""
+
+import argparse
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Self
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from model.detector import PRETRAINED, Device
+from model.image import MAX_PIXELS
+
+ENV_PREFIX = "RETINASERVE_"
+PROGRAM = "python -m service"
+
+MIB = 1024 * 1024
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+CommaSeparated = NoDecode
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    model: Path = Field(PRETRAINED, description="the .onnx file to serve")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    device: Device = Field("auto", description="auto uses CUDA where it works and says so; cuda fails without it")
+    threads: int | None = Field(None, ge=1, description="CPU threads of one inference [the cores available]")
+    gpu_memory_limit_bytes: ByteSize | None = Field(
+        None, gt=0, description="ONNX Runtime's memory on the GPU [no limit]"
+    )
+
+    score_threshold: Share | None = Field(None, description="keep scores above it [the model file's]")
+    nms_threshold: Share | None = Field(None, description="per class drop boxes of larger IoU [the model file's]")
+    max_detections: int | None = Field(
+        None, ge=1, le=5000, description="best ones to keep per image [the model file's]"
+    )
+
+    max_image_bytes: ByteSize = Field(ByteSize(20 * MIB), gt=0, description="largest encoded image")
+    max_image_pixels: int = Field(MAX_PIXELS, gt=0, description="largest image in pixels, width times height")
+    max_upload_bytes_in_flight: ByteSize = Field(
+        ByteSize(256 * MIB), gt=0, description="bound on the bytes of all requests being received, and of one batch"
+    )
+    upload_timeout_seconds: PositiveSeconds = Field(10, description="time for a request's body to arrive")
+
+    queue_capacity: int = Field(32, ge=1, description="images admitted and not yet through the device; more get 429")
+    max_batch_size: int | None = Field(None, ge=1, le=64, description="images per inference [1 on the CPU, 8 on CUDA]")
+    max_batch_delay_seconds: Seconds = Field(0, description="time to wait for a batch to fill while the device is free")
+    request_timeout_seconds: PositiveSeconds = Field(
+        30, description="time from a complete body to its answer, else 504"
+    )
+    decode_threads: int | None = Field(None, ge=1, description="threads that decode and resize [the cores available]")
+
+    drain_delay_seconds: Seconds = Field(5, description="after SIGTERM: not ready, but serving, for this long")
+    model_sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="refuse a model file of another hash [any]"
+    )
+    model_poll_seconds: Seconds = Field(
+        5, description="look for a changed model file this often; 0 never (SIGHUP still does)"
+    )
+
+    api_keys: Annotated[tuple[SecretStr, ...], CommaSeparated] = Field(
+        (), description="keys of which a client needs one [open]"
+    )
+    cors_origins: Annotated[tuple[str, ...], CommaSeparated] = Field(
+        (), description="web origins that may call it [none]"
+    )
+    docs: bool = Field(True, description="serve /docs and /openapi.json: true or false")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="auto is text on a terminal, else JSON lines"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs the probes too")
+    ssl_certfile: Path | None = Field(None, description="TLS certificate chain, PEM [plain HTTP]")
+    ssl_keyfile: Path | None = Field(None, description="its private key, PEM")
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile are needed together")
+        return self
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message}\n")
+
+
+def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(Settings.model_fields)) -> None:
+    """Make a flag of each of these settings."""
+    for name in names:
+        field = Settings.model_fields[name]
+        default = "" if field.default is None or field.default == () else f" [{_show(field.default)}]"
+        parser.add_argument(
+            flag(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar=_metavar(name),
+            help=f"{field.description}{default}",
+        )
+
+
+def read_settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Settings:
+    """The settings from these flags and the environment; exits with code 2 and one line if one is wrong."""
+    flags = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    if unknown:
+        parser.error(f"unknown environment variable {', '.join(unknown)}: see --help for the settings")
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        parser.error("; ".join(_explain(each["loc"], each["msg"], each["input"]) for each in error.errors()))
+
+
+def parse_settings(arguments: Sequence[str]) -> Settings:
+    parser = OneLineParser(
+        prog=PROGRAM,
+        allow_abbrev=False,
+        description="Serve a detector over HTTP. Every flag is also an environment variable: "
+        f"--max-image-bytes is {ENV_PREFIX}MAX_IMAGE_BYTES. In [] the default.",
+        epilog=f"`{PROGRAM} detect --help`: detect in files, without a server.",
+    )
+    add_setting_flags(parser)
+    return read_settings(parser, parser.parse_args(arguments))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metavar(name: str) -> str:
+    choices = {"device": "auto|cpu|cuda", "docs": "true|false", "log_format": "auto|json|text"}
+    return choices.get(name, name.rsplit("_", 1)[-1].upper())
+
+
+def _show(default: object) -> str:
+    if isinstance(default, ByteSize):
+        return default.human_readable()
+    if isinstance(default, Path):
+        return default.name
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _explain(location: tuple[int | str, ...], message: str, value: object) -> str:
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return message
+    name = str(location[0])
+    came = "" if name == "api_keys" else f", not {value!r}"
+    return f"{flag(name)} ({ENV_PREFIX}{name.upper()}): {message[0].lower()}{message[1:]}{came}"

@@ -1,0 +1,281 @@
+"""One image's way: encoded bytes → (decode pool) canvas → (device thread) candidates → (finish pool) detections → what
+the caller makes of them. Knows no HTTP.
+
+A `Job` is owned by one stage at a time, and each of its timestamps ends one stage and begins the next. Waiting for a
+decode thread and waiting for the device are both `queue`. The model and the parameters are the job's own from the
+start: neither a reload nor a neighbour in the batch can change them.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from model.detector import InferenceFailed
+from model.image import decode_image, to_canvas, to_original
+from model.suppress import suppress
+from model.types import Candidates, CanvasImage, Detections
+from service.batcher import Batcher
+from service.metrics import Metrics
+from service.store import LoadedModel, ModelStore
+
+logger = logging.getLogger(__name__)
+
+CUDA_BATCH_SIZE = 8
+FINISH_THREADS = 2
+FAILURES_BEFORE_SELF_TEST = 3
+
+
+class DeadlineExceeded(Exception):
+    """The answer was not there in time; work not begun by then is not done. Try again when there is less load."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one request asks of its detections."""
+
+    score_threshold: float
+    nms_threshold: float
+    max_detections: int
+    label_ids: Collection[int] | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage. The stages touch: each lap begins where the last one ended."""
+
+    started: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
+    _last: float = 0
+
+    def __post_init__(self) -> None:
+        self._last = self._last or self.started
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0) + now - self._last
+        self._last = now
+
+    def copy(self) -> "Stopwatch":
+        return Stopwatch(self.started, dict(self.stages), self._last)
+
+    @property
+    def total(self) -> float:
+        return self._last - self.started
+
+
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """What became of one image: detections in original pixels."""
+
+    detections: Detections
+    original_size: tuple[int, int]
+    model: LoadedModel
+    watch: Stopwatch
+
+
+Finish = Callable[[Detected], Any]
+
+
+@dataclass(eq=False)
+class Job:
+    data: bytearray
+    model: LoadedModel
+    options: Options
+    deadline: float
+    """time.monotonic() after which nobody waits."""
+    watch: Stopwatch
+    finish: Finish
+    """Makes the answer, on a finish thread; its result is the future's."""
+    future: "asyncio.Future[Any]"
+    max_batch_size: int
+    canvas: CanvasImage | None = None
+    cancelled: bool = False
+
+    @property
+    def gone(self) -> bool:
+        return self.cancelled or time.monotonic() >= self.deadline
+
+    @property
+    def group(self) -> Hashable:
+        assert self.canvas is not None
+        return id(self.model), self.canvas.canvas_size
+
+    def settle(self, result: Any, error: BaseException | None = None) -> None:
+        """Hand over the result or the error, from any thread."""
+        self.future.get_loop().call_soon_threadsafe(self._settle, result, error)
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+
+
+class Engine:
+    """Takes images in, bounded, and answers each. One for each device."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        metrics: Metrics,
+        *,
+        queue_capacity: int = 32,
+        max_batch_size: int | None = None,
+        max_batch_delay_seconds: float = 0,
+        decode_threads: int = 1,
+        max_image_pixels: int = 50_000_000,
+    ) -> None:
+        self.store = store
+        self.batcher: Batcher[Job, Candidates | Exception] = Batcher(
+            self._run, self._deliver, capacity=queue_capacity, max_delay_seconds=max_batch_delay_seconds
+        )
+        self._metrics = metrics
+        self._max_batch_size = max_batch_size
+        self._max_image_pixels = max_image_pixels
+        self._decoders = ThreadPoolExecutor(decode_threads, "decode")
+        self._finishers = ThreadPoolExecutor(FINISH_THREADS, "finish")
+        self._failures_in_a_row = 0
+        metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.running, queue_capacity)
+
+    def start(self) -> None:
+        self.batcher.start()
+
+    def close(self, timeout_seconds: float = 5) -> bool:
+        """Finish what was admitted; False: the device is stuck."""
+        self._decoders.shutdown(cancel_futures=True)
+        ended = self.batcher.close(timeout_seconds)
+        self._finishers.shutdown(wait=ended)
+        return ended
+
+    def submit(
+        self, images: Sequence[bytearray], model: LoadedModel, options: Options, finish: Sequence[Finish], *,
+        timeout_seconds: float, watch: Stopwatch,
+    ) -> list[Job]:  # fmt: skip
+        """Admit all the images or none (QueueFull). Call on the event loop; each job's future has its answer.
+
+        A future fails with InvalidImage, TooManyPixels or InferenceFailed; cancel jobs that nobody waits for.
+        """
+        self.batcher.take_places(len(images), timeout_seconds)
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + timeout_seconds
+        max_batch_size = self._max_batch_size or (1 if model.on_cpu else CUDA_BATCH_SIZE)
+        jobs = [
+            Job(data, model, options, deadline, watch.copy(), each_finish, loop.create_future(), max_batch_size)
+            for data, each_finish in zip(images, finish, strict=True)
+        ]
+        for job in jobs:
+            self._decoders.submit(self._prepare, job)
+        return jobs
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for it: do none of the work not yet begun, and free its place."""
+        job.cancelled = True
+        if self.batcher.remove(job):
+            job.future.cancel()
+
+    def _prepare(self, job: Job) -> None:
+        """On a decode thread."""
+        if job.gone:
+            self.batcher.give_back_place()
+            return
+        job.watch.lap("queue")
+        try:
+            image = decode_image(bytes(job.data), max_pixels=self._max_image_pixels)
+            job.watch.lap("decode")
+            job.canvas = to_canvas(image, job.model.detector.metadata.resize)
+            job.watch.lap("preprocess")
+        except Exception as error:  # a pool's boundary: whatever it is, the request is answered and its place freed
+            self.batcher.give_back_place()
+            job.settle(None, error)
+            return
+        job.data = bytearray()
+        self.batcher.put(job)
+
+    def _run(self, batch: list[Job]) -> list[Candidates | Exception]:
+        """On the device thread."""
+        for job in batch:
+            job.watch.lap("queue")
+        results = self._attempt(batch)
+        if len(batch) > 1 and isinstance(results[0], InferenceFailed) and not results[0].fatal:
+            results = [self._attempt([job])[0] for job in batch]  # only the image that fails alone shall fail
+        for job in batch:
+            job.watch.lap("inference")
+        return results
+
+    def _attempt(self, batch: list[Job]) -> list[Candidates | Exception]:
+        """The candidates of each, or one error for all."""
+        self._metrics.batch_size.observe(len(batch))
+        detector = batch[0].model.detector
+        try:
+            candidates = detector.run([job.canvas for job in batch if job.canvas is not None])
+        except Exception as error:  # the device thread's boundary: it must outlive any failure
+            self._note_failure(error, batch[0].model)
+            return [error] * len(batch)
+        self._failures_in_a_row = 0
+        return list(candidates)
+
+    def _note_failure(self, error: Exception, model: LoadedModel) -> None:
+        kind, fatal = (error.kind, error.fatal) if isinstance(error, InferenceFailed) else ("other", False)
+        logger.error("inference failed (%s): %s", kind, error, exc_info=not isinstance(error, InferenceFailed))
+        self._metrics.device_errors.labels(kind).inc()
+        self._failures_in_a_row += 1
+        if fatal:
+            self._condemn(str(error))
+        elif self._failures_in_a_row % FAILURES_BEFORE_SELF_TEST == 0:
+            self._self_test(model)
+
+    def _self_test(self, model: LoadedModel) -> None:
+        """Tell a broken device from bad luck with images: run a grey one."""
+        side = model.detector.metadata.resize.divisor
+        pixels = np.full((side, side, 3), 128, np.uint8)
+        try:
+            model.detector.run([CanvasImage(pixels, (side, side), (side, side))])
+        except Exception as error:  # as in _attempt
+            self._condemn(f"{self._failures_in_a_row} runs failed one after the other, and so did a self-test: {error}")
+
+    def _condemn(self, reason: str) -> None:
+        logger.critical("the device can serve no more: %s", reason)
+        self.store.device_fault = reason
+
+    def _deliver(self, batch: list[Job], results: list[Candidates | Exception]) -> None:
+        """On the device thread, after the batch's places are free."""
+        for job, result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                job.settle(None, result)
+            elif not job.cancelled:
+                self._finishers.submit(self._finish, job, result)
+
+    def _finish(self, job: Job, candidates: Candidates) -> None:
+        """On a finish thread."""
+        assert job.canvas is not None
+        try:
+            detections = conclude(candidates, job.canvas, job.options)
+            job.watch.lap("postprocess")
+            size = job.canvas.original_size
+            answer = job.finish(Detected(detections, size, job.model, job.watch))
+            job.watch.lap("encode")
+        except Exception as error:  # a pool's boundary, as in _prepare
+            job.settle(None, error)
+            return
+        self._metrics.observe_image(job.watch.stages, size[0] * size[1], len(detections))
+        job.settle(answer)
+
+
+def conclude(candidates: Candidates, canvas: CanvasImage, options: Options) -> Detections:
+    """The detections that these options leave, original pixels, best score first."""
+    kept = suppress(
+        candidates,
+        score_threshold=options.score_threshold,
+        nms_threshold=options.nms_threshold,
+        max_detections=options.max_detections,
+        label_ids=options.label_ids,
+    )
+    return to_original(kept, canvas)

@@ -1,0 +1,64 @@
+"""Logs: JSON lines for machines, plain lines for a terminal, on standard error. No image data, no secrets.
+
+A record's own values travel in `extra={"fields": {...}}`. Writing happens on a thread of its own, so that a slow
+reader of standard error cannot stall the event loop.
+"""
+
+import json
+import logging
+import queue
+import sys
+from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
+from typing import Literal
+
+LogFormat = Literal["auto", "json", "text"]
+
+
+class JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        } | fields_of(record)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{name}={value}" for name, value in fields_of(record).items())
+        return f"{super().formatMessage(record)} {fields}".rstrip()
+
+
+class Handover(QueueHandler):
+    """Passes records on as they are: within one process nothing needs to be made picklable."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, object]:
+    fields: dict[str, object] = record.__dict__.get("fields", {})
+    return fields
+
+
+def start_logging(log_format: LogFormat, level: str) -> QueueListener:
+    """Send every log of this process to standard error in one form; stop the listener to flush."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    handler.setFormatter(TextLines() if text else JsonLines())
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    root = logging.getLogger()
+    root.handlers = [Handover(records)]
+    root.setLevel(level.upper())
+    for library in ("uvicorn", "uvicorn.error", "asyncio", "PIL"):
+        logging.getLogger(library).setLevel(max(logging.WARNING, root.level))
+    listener = QueueListener(records, handler)
+    listener.start()
+    return listener

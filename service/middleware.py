@@ -1,0 +1,173 @@
+"""What surrounds every request, as plain ASGI (the function kind of middleware hides disconnects).
+
+Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was read still reaches its
+client. RequireKey: API keys.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.engine import Stopwatch
+from service.errors import OUTCOMES, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
+from service.metrics import UNMATCHED, Metrics
+from service.schemas import encode
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+OPEN_PATHS = ("/healthz", "/readyz")
+QUIET_PATHS = (*OPEN_PATHS, "/metrics")
+"""Logged at debug level while they answer 200."""
+DETECT_PATHS = ("/detect", "/detect/batch")
+
+
+@dataclass
+class Record:
+    """What is known of one request, for its answer and its log line."""
+
+    request_id: str
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    fields: dict[str, Any] = field(default_factory=dict)
+    """For the log."""
+
+
+def record_of(scope: Scope) -> Record:
+    record: Record = scope["state"]["record"]
+    return record
+
+
+class Observe:
+    """Gives every request an id, and counts and logs it when it has ended."""
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, routes: Collection[str], is_draining: Callable[[], bool]
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._routes = frozenset(routes)
+        self._is_draining = is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(self._request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})["record"] = record
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = record.request_id
+                if self._is_draining():
+                    headers["Connection"] = "close"  # the next request shall go to another replica
+            await send(message)
+
+        with self._metrics.http_in_flight.track_inprogress():
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:  # the outermost boundary; the framework has answered 500 before it raised again
+                logger.exception("a request failed", extra={"fields": {"request_id": record.request_id}})
+        self._end(scope, record, status)
+
+    def _request_id(self, headers: Headers) -> str:
+        given = headers.get("x-request-id", "")
+        return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    def _end(self, scope: Scope, record: Record, status: int) -> None:
+        seconds = time.perf_counter() - record.watch.started
+        path, method = scope["path"], scope["method"]
+        route = path if path in self._routes else UNMATCHED
+        self._metrics.observe_http(method, route, status, seconds)
+        fields = {"request_id": record.request_id, "method": method, "route": route, "status": status}
+        if path in DETECT_PATHS and method == "POST":
+            fields["outcome"] = OUTCOMES[status]
+            self._metrics.requests.labels(OUTCOMES[status]).inc()
+        quiet = path in QUIET_PATHS and status == 200
+        fields |= {"duration_ms": round(seconds * 1000, 1)} | record.fields
+        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+
+
+class Linger:
+    """After an answer that came before the whole body was read, reads the rest and forgets it, for a while.
+
+    Closing at once would reset the connection, and a client still sending would see that instead of its answer.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not has_body(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        complete = False
+
+        async def watched_receive() -> Message:
+            nonlocal complete
+            message = await receive()
+            complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
+        async def lingering_send(message: Message) -> None:
+            if complete:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Connection"] = "close"
+                await send(message)
+            elif message.get("more_body", False):
+                await send(message)
+            else:
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._seconds):
+                        while not complete:
+                            await watched_receive()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self._app(scope, watched_receive, lingering_send)
+
+
+class RequireKey:
+    """Answers 401 to a request without a key, as `Authorization: Bearer` or `X-API-Key`; the probes need none."""
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_allowed(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthorized("send a valid key as Authorization: Bearer KEY or as X-API-Key: KEY")
+        await problem_response(error, record_of(scope).request_id)(scope, receive, send)
+
+    def _is_allowed(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]  # every key: constant time
+        return any(matches)
+
+
+def has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+def problem_response(error: BaseException, request_id: str) -> Response:
+    body = problem_of(error, request_id)
+    return Response(encode(body), body["status"], headers_of(error), PROBLEM_MEDIA_TYPE)

@@ -1,0 +1,218 @@
+"""What goes over the wire: the JSON of answers, and their OpenAPI models with examples.
+
+Answers with hundreds of boxes are made as plain values and encoded at once; the models describe them (and a test
+holds the two together). Boxes are pixels of the upright original image.
+"""
+
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+from pydantic_core import to_json
+
+from service.engine import Detected
+from service.metrics import STAGES
+from service.store import LoadedModel
+
+BOX_DECIMALS = 3
+SCORE_DECIMALS = 6
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+DETECTION: JsonDict = {
+    "label": "circle",
+    "class_id": 1,
+    "score": 0.97,
+    "box": {"xmin": 10.5, "ymin": 20.0, "xmax": 110.2, "ymax": 96.0},
+}
+ANSWER: JsonDict = {
+    "detections": [DETECTION],
+    "image": {"width": 640, "height": 480},
+    "model": {"name": "shapes", "sha256": "5f0c…"},
+    "request_id": "2f1d7e0c6a5b4c3d8e9f0a1b2c3d4e5f",
+    "timing_ms": {
+        "read": 0.4, "decode": 4.1, "preprocess": 2.0, "queue": 0.3,
+        "inference": 61.0, "postprocess": 0.6, "total": 68.4,
+    },
+}  # fmt: skip
+PROBLEM: JsonDict = {
+    "type": "urn:retinaserve:problem:invalid_image",
+    "title": "The image cannot be decoded",
+    "status": 422,
+    "code": "invalid_image",
+    "detail": "the image is empty (0 bytes)",
+    "request_id": "2f1d7e0c6a5b4c3d8e9f0a1b2c3d4e5f",
+}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DetectQuery(Strict):
+    """The query wins over the server's setting, the setting over the model file."""
+
+    score_threshold: Share | None = Field(None, description="Keep detections that score above it. [0.05]")
+    nms_threshold: Share | None = Field(
+        None, description="Per class drop the lower scoring of two boxes of a larger IoU. [0.5]"
+    )
+    max_detections: int | None = Field(None, ge=1, le=5000, description="Keep this many, the best. [300]")
+    label: list[str] = Field([], description="Keep these labels only; repeat it for several.")
+
+
+class Box(Strict):
+    xmin: float
+    ymin: float
+    xmax: float
+    ymax: float
+
+
+class Detection(Strict):
+    label: str
+    class_id: int
+    score: Share
+    box: Box
+
+
+class ImageSize(Strict):
+    width: int
+    height: int
+
+
+class ModelName(Strict):
+    name: str
+    sha256: str
+
+
+class Timing(Strict):
+    """Milliseconds. The stages touch: they sum to the total. Encoding the answer is not in it."""
+
+    read: float
+    decode: float
+    preprocess: float
+    queue: float
+    inference: float
+    postprocess: float
+    total: float
+
+
+class Answer(Strict):
+    model_config = ConfigDict(json_schema_extra={"examples": [ANSWER]}, protected_namespaces=(), extra="forbid")
+    detections: list[Detection] = Field(description="Best score first; boxes in pixels of the upright image.")
+    image: ImageSize
+    model: ModelName
+    request_id: str
+    timing_ms: Timing
+
+
+class Problem(Strict):
+    """RFC 9457."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [PROBLEM]}, extra="forbid")
+    type: str
+    title: str
+    status: int
+    code: str = Field(description="Stays the same over versions: decide by it.")
+    detail: str
+    request_id: str
+
+
+class BatchAnswer(Strict):
+    results: list[Answer | Problem] = Field(description="One for each image, in order.")
+
+
+class LabelEntry(Strict):
+    class_id: int
+    label: str
+
+
+class Resize(Strict):
+    shorter_side: int
+    longest_side: int
+    divisor: int
+
+
+class Thresholds(Strict):
+    score_threshold: float
+    nms_threshold: float
+    max_detections: int
+
+
+class ModelCard(Strict):
+    name: str
+    sha256: str
+    labels: list[LabelEntry]
+    architecture: str
+    precision: str
+    resize: Resize
+    defaults: Thresholds = Field(description="What holds where the query says nothing.")
+    device_requested: str
+    provider: str = Field(description="ONNX Runtime's name of what computes.")
+    fell_back: bool = Field(description="A GPU was wanted and the CPU computes.")
+    ap: float | None = Field(description="COCO AP@[.50:.95] on the validation split, if known.")
+    data_set: str
+
+
+class Status(Strict):
+    status: str
+    reason: str | None = None
+
+
+def timing_ms(detected: Detected) -> dict[str, float]:
+    """Milliseconds by stage up to now, and their sum."""
+    seconds = detected.watch.stages
+    stages = {stage: round(seconds[stage] * 1000, 3) for stage in STAGES if stage in seconds}
+    return stages | {"total": round(detected.watch.total * 1000, 3)}
+
+
+def answer(detected: Detected, request_id: str) -> dict[str, Any]:
+    """The values of an `Answer`."""
+    height, width = detected.original_size
+    return {
+        "detections": detection_list(detected),
+        "image": {"width": width, "height": height},
+        "model": {"name": detected.model.name, "sha256": detected.model.detector.sha256},
+        "request_id": request_id,
+        "timing_ms": timing_ms(detected),
+    }
+
+
+def detection_list(detected: Detected) -> list[dict[str, Any]]:
+    names, found = detected.model.label_names, detected.detections
+    boxes = np.round(found.boxes.astype(np.float64), BOX_DECIMALS).tolist()
+    scores = np.round(found.scores.astype(np.float64), SCORE_DECIMALS).tolist()
+    return [
+        {
+            "label": names.get(class_id, str(class_id)),
+            "class_id": class_id,
+            "score": score,
+            "box": {"xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax},
+        }
+        for class_id, score, (xmin, ymin, xmax, ymax) in zip(found.labels.tolist(), scores, boxes, strict=True)
+    ]
+
+
+def encode(value: Any) -> bytes:
+    return to_json(value)
+
+
+def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
+    detector, metadata = model.detector, model.detector.metadata
+    return ModelCard(
+        name=metadata.name,
+        sha256=detector.sha256,
+        labels=[LabelEntry(class_id=label.class_id, label=label.label) for label in metadata.labels],
+        architecture=metadata.architecture,
+        precision=metadata.precision,
+        resize=Resize(
+            shorter_side=metadata.resize.shorter_side,
+            longest_side=metadata.resize.longest_side,
+            divisor=metadata.resize.divisor,
+        ),
+        defaults=defaults,
+        device_requested=detector.device_requested,
+        provider=detector.provider,
+        fell_back=detector.fell_back,
+        ap=metadata.ap,
+        data_set=metadata.data_set,
+    )

@@ -1,0 +1,163 @@
+"""The model that serves, and its replacement while it serves.
+
+One thread, "model loader", opens the file, verifies it, warms it up aside, and only then swaps it in by one assignment.
+Jobs hold on to the `LoadedModel` they began with, so batches in flight finish on the old one. A bad file leaves the old
+one serving. The loader looks for a changed file (same size, time and inode over two polls, so half-copied files are
+left alone) and reloads on request.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.metadata import InvalidModel
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class NotReady(Exception):
+    """No model serves now: loading, or the device is lost. Try later, or another replica."""
+
+    retry_after_seconds = 2
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    detector: Detector
+    label_names: dict[int, str]
+    label_ids: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.detector.metadata.name
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.detector.provider == "CPUExecutionProvider"
+
+
+class ModelStore:
+    def __init__(
+        self,
+        path: Path,
+        open_detector: Callable[[Path], Detector],
+        metrics: Metrics,
+        *,
+        sha256: str | None = None,
+        poll_seconds: float = 0,
+    ) -> None:
+        self._path = path
+        self._open_detector = open_detector
+        self._metrics = metrics
+        self._sha256 = sha256
+        self._poll_seconds = poll_seconds
+        self._wake = threading.Event()
+        self._reload_asked = False
+        self._closing = False
+        self.current: LoadedModel | None = None
+        self.device_fault: str | None = None
+        """Why the device can serve no more, for the rest of the process's life."""
+
+    def serving(self) -> LoadedModel:
+        """The model for a new request. NotReady: there is none."""
+        if self.device_fault is not None:
+            raise NotReady(f"the device has failed: {self.device_fault}")
+        if self.current is None:
+            raise NotReady("the model is being loaded")
+        return self.current
+
+    def start(self, on_failure: Callable[[str], None]) -> None:
+        """Load, then watch the file. `on_failure` gets the reason if the first load fails, on the loader's thread."""
+        threading.Thread(target=self._live, args=(on_failure,), name="model loader", daemon=True).start()
+
+    def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+
+    def ask_reload(self) -> None:
+        """Reload soon, changed or not. Safe in a signal handler."""
+        self._reload_asked = True
+        self._wake.set()
+
+    def load(self) -> None:
+        """Replace the model. InvalidModel, DeviceUnavailable, InferenceFailed, OSError: it is as it was."""
+        started = time.perf_counter()
+        detector = self._open_detector(self._path)
+        if self._sha256 is not None and detector.sha256 != self._sha256:
+            raise InvalidModel(f"{self._path} has sha256 {detector.sha256}; {self._sha256} is asked for")
+        opened = time.perf_counter()
+        detector.warm_up()
+        warmed = time.perf_counter()
+        labels = detector.metadata.labels
+        self.current = LoadedModel(
+            detector,
+            label_names={label.class_id: label.label for label in labels},
+            label_ids={label.label: label.class_id for label in labels},
+        )
+        self._report(detector, opened - started, warmed - opened)
+
+    def reload(self) -> bool:
+        """Load again and count it; False: it failed and the old model serves on."""
+        try:
+            self.load()
+        except (InvalidModel, DeviceUnavailable, InferenceFailed, OSError) as error:
+            logger.error("the model was not reloaded, the old one serves on: %s", error)
+            self._metrics.model_reloads.labels("failure").inc()
+            return False
+        self._metrics.model_reloads.labels("success").inc()
+        return True
+
+    def _report(self, detector: Detector, load_seconds: float, warmup_seconds: float) -> None:
+        metadata = detector.metadata
+        self._metrics.model_info.info(
+            {
+                "name": metadata.name,
+                "sha256": detector.sha256,
+                "precision": metadata.precision,
+                "provider": detector.provider,
+                "input": f"{metadata.resize.shorter_side}/{metadata.resize.longest_side}",
+            }
+        )
+        self._metrics.provider_fallback.set(detector.fell_back)
+        self._metrics.model_load_seconds.set(load_seconds)
+        self._metrics.warmup_seconds.set(warmup_seconds)
+        logger.info(
+            "serving model %s (%s) from %s on %s, loaded in %.2f s, warmed up in %.2f s",
+            metadata.name, detector.sha256[:12], self._path, detector.provider, load_seconds, warmup_seconds,
+        )  # fmt: skip
+        if detector.fell_back:
+            logger.warning("CUDA was wanted and cannot be used: the model runs on the CPU")
+
+    def _live(self, on_failure: Callable[[str], None]) -> None:
+        tried = seen = self._stamp()
+        try:
+            self.load()
+        except (InvalidModel, DeviceUnavailable, InferenceFailed, OSError) as error:
+            on_failure(str(error))
+            return
+        while True:
+            self._wake.wait(self._poll_seconds or None)
+            self._wake.clear()
+            if self._closing:
+                return
+            stamp = self._stamp()
+            settled = stamp is not None and stamp == seen and stamp != tried
+            if self._reload_asked or settled:
+                self._reload_asked = False
+                self.reload()
+                tried = stamp
+            seen = stamp
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """What tells one version of the file from the next; None while there is no file."""
+        try:
+            status = os.stat(self._path)  # noqa: PTH116
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns, status.st_ino

@@ -1,0 +1,253 @@
+"""Request bodies → the encoded images in them. Every byte is counted before it is kept.
+
+Three forms: the raw bytes of one image, multipart/form-data with file fields `image`, JSON {"image": "<base64>"}. A
+body is refused while it arrives: by its Content-Length, by what has come of it, by the total of all bodies being
+received, by its deadline. Multipart is parsed as it arrives, in memory: nothing is spooled to disk.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import Headers
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+FIELD = "image"
+OVERHEAD_BYTES = 64 * 1024
+"""What a form may add to its images: boundaries and part headers."""
+PARAMETERS_HINT = "parameters such as score_threshold go into the query"
+
+
+class MalformedRequest(Exception):
+    """The body is not what its Content-Type says, or the image is missing: mend the request."""
+
+
+class UnsupportedMediaType(Exception):
+    """The body comes in a form that is not read: send another."""
+
+
+class BodyTooLarge(Exception):
+    """Send a smaller image, or fewer."""
+
+
+class UploadTimeout(Exception):
+    """The body did not arrive in time: send it faster, or again."""
+
+
+class UploadsBusy(Exception):
+    """Too many bytes are being received at once: send it again after `retry_after_seconds`."""
+
+    retry_after_seconds = 1
+
+
+class ClientGone(Exception):
+    """The connection was closed: nobody reads an answer."""
+
+
+class Form(Protocol):
+    """A body being parsed."""
+
+    def feed(self, chunk: bytes) -> None: ...
+
+    def finish(self) -> list[bytearray]: ...
+
+
+@dataclass
+class RawImage:
+    """The body is the image."""
+
+    body: bytearray = field(default_factory=bytearray)  # a list of one-byte chunks would take 40 times its size
+
+    def feed(self, chunk: bytes) -> None:
+        self.body += chunk
+
+    def finish(self) -> list[bytearray]:
+        if not self.body:
+            raise MalformedRequest("the body is empty: it should be the bytes of an image")
+        return [self.body]
+
+
+@dataclass
+class JsonImage(RawImage):
+    """{"image": "<base64>"}. `finish` takes long for a large body: not for the event loop."""
+
+    max_image_bytes: int = 0
+
+    def finish(self) -> list[bytearray]:
+        try:
+            document = json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            raise MalformedRequest(f"the body is not JSON: {error}") from error
+        if not isinstance(document, dict) or not isinstance(document.get(FIELD), str):
+            raise MalformedRequest(f'the body is not of the form {{"{FIELD}": "<base64>"}}')
+        if len(document) > 1:
+            raise MalformedRequest(f"the body has keys besides {FIELD!r}; {PARAMETERS_HINT}")
+        try:
+            image = bytearray(base64.b64decode(document[FIELD], validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise MalformedRequest(f"{FIELD!r} is not base64: {error}") from error
+        _check_size(image, self.max_image_bytes)
+        return [image]
+
+
+class MultipartImages:
+    """The parts named `image`, in order, parsed as they arrive."""
+
+    def __init__(self, boundary: bytes, *, max_images: int, max_image_bytes: int) -> None:
+        self._max_images = max_images
+        self._max_image_bytes = max_image_bytes
+        self._images: list[bytearray] = []
+        self._header_name = b""
+        self._header_value = b""
+        self._disposition = b""
+        self._ended = False
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part_begin,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_part_data": self._on_part_data,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError as error:
+            raise MalformedRequest(f"the multipart boundary is not valid: {error}") from error
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise MalformedRequest(f"the multipart body is malformed: {error}") from error
+
+    def finish(self) -> list[bytearray]:
+        if not self._ended:
+            raise MalformedRequest("the multipart body ends before its last boundary")
+        if not self._images:
+            raise MalformedRequest(f"the form has no file field {FIELD!r}")
+        return self._images
+
+    def _on_part_begin(self) -> None:
+        self._disposition = b""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("latin-1")
+        if name != FIELD:
+            raise MalformedRequest(f"the form has a field {name!r}; only {FIELD!r} is read, and {PARAMETERS_HINT}")
+        if len(self._images) == self._max_images:
+            raise MalformedRequest(f"the form has more than {self._max_images} field(s) {FIELD!r}")
+        self._images.append(bytearray())
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        image = self._images[-1]
+        image += data[start:end]
+        _check_size(image, self._max_image_bytes)
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+
+class Uploads:
+    """Receives bodies. One for all requests, on the event loop."""
+
+    def __init__(self, *, max_image_bytes: int, max_bytes_in_flight: int, timeout_seconds: float) -> None:
+        self._max_image_bytes = max_image_bytes
+        self._max_bytes_in_flight = max_bytes_in_flight
+        self._timeout_seconds = timeout_seconds
+        self.bytes_in_flight = 0
+
+    async def receive(self, headers: Headers, receive: Receive, *, max_images: int = 1) -> tuple[list[bytearray], int]:
+        """The images of the body, and the body's size in bytes. More than one image only as multipart.
+
+        Raises MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, UploadsBusy, ClientGone.
+        """
+        form, max_body_bytes = self._form(headers, max_images)
+        size = _content_length(headers)
+        if size is not None and size > max_body_bytes:
+            raise BodyTooLarge(f"the body has {size} bytes; {max_body_bytes} are allowed")
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                size = await self._feed(form, receive, max_body_bytes)
+        except TimeoutError as error:
+            raise UploadTimeout(f"the body did not arrive within {self._timeout_seconds:g} s") from error
+        if isinstance(form, JsonImage):
+            return await asyncio.to_thread(form.finish), size
+        return form.finish(), size
+
+    def _form(self, headers: Headers, max_images: int) -> tuple[Form, int]:
+        """The parser of this Content-Type, and how many bytes it may get."""
+        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+            raise UnsupportedMediaType(f"Content-Encoding {encoding!r} is not read: send the image as it is")
+        media_type, options = parse_options_header(headers.get("content-type", ""))
+        if media_type == b"multipart/form-data":
+            if not options.get(b"boundary"):
+                raise MalformedRequest("the multipart Content-Type has no boundary")
+            form = MultipartImages(options[b"boundary"], max_images=max_images, max_image_bytes=self._max_image_bytes)
+            return form, min(max_images * self._max_image_bytes, self._max_bytes_in_flight) + OVERHEAD_BYTES
+        if max_images > 1:
+            raise UnsupportedMediaType(_expected(media_type, "multipart/form-data"))
+        if media_type.startswith(b"image/") or media_type == b"application/octet-stream":
+            return RawImage(), self._max_image_bytes
+        if media_type == b"application/json":
+            return JsonImage(max_image_bytes=self._max_image_bytes), self._max_image_bytes * 4 // 3 + OVERHEAD_BYTES
+        hint = "image/*, application/octet-stream, multipart/form-data or application/json"
+        if media_type == b"application/x-www-form-urlencoded":
+            hint += "; with curl: -H 'Content-Type: image/jpeg' --data-binary @FILE, or -F image=@FILE"
+        raise UnsupportedMediaType(_expected(media_type, hint))
+
+    async def _feed(self, form: Form, receive: Receive, max_body_bytes: int) -> int:
+        size = 0
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the connection was closed during the upload")
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                self.bytes_in_flight += len(chunk)
+                if size > max_body_bytes:
+                    raise BodyTooLarge(f"the body has more than the {max_body_bytes} bytes allowed")
+                if self.bytes_in_flight > self._max_bytes_in_flight + OVERHEAD_BYTES:
+                    raise UploadsBusy(f"uploads in progress exceed {self._max_bytes_in_flight} bytes")
+                form.feed(chunk)
+                if not message.get("more_body", False):
+                    return size
+        finally:
+            self.bytes_in_flight -= size
+
+
+def _check_size(image: bytearray, max_image_bytes: int) -> None:
+    if len(image) > max_image_bytes:
+        raise BodyTooLarge(f"the image has more than the {max_image_bytes} bytes allowed")
+
+
+def _content_length(headers: Headers) -> int | None:
+    text = headers.get("content-length", "")
+    return int(text) if text.isdecimal() else None
+
+
+def _expected(media_type: bytes, expected: str) -> str:
+    came = f"Content-Type {media_type.decode('latin-1')!r} is not read" if media_type else "no Content-Type is given"
+    return f"{came}; send {expected}"
