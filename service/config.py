@@ -134,6 +134,7 @@ def read_settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 def parse_settings(arguments: Sequence[str]) -> Settings:
     parser = OneLineParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} [--SETTING VALUE …]",
         allow_abbrev=False,
         description="Serve a detector over HTTP. Every flag is also an environment variable: "
         f"--max-image-bytes is {ENV_PREFIX}MAX_IMAGE_BYTES. In [] the default.",

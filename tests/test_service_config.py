@@ -1,0 +1,91 @@
+"""Settings: flags, environment, errors in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from service.config import Settings, flag, parse_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"RETINASERVE_{name.upper()}", raising=False)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_settings(arguments)
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_without_flags_the_defaults_hold() -> None:
+    settings = parse_settings([])
+    assert (settings.host, settings.port, settings.queue_capacity) == ("127.0.0.1", 8000, 32)
+    assert settings.max_image_bytes == 20 * 2**20
+    assert settings.score_threshold is None
+
+
+def test_every_setting_is_a_flag_with_its_default_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_settings(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"{flag(name)} " in text for name in Settings.model_fields)
+    assert text.count("[") >= len(Settings.model_fields) - 1
+
+
+def test_a_flag_wins_over_the_environment_and_the_environment_over_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RETINASERVE_PORT", "9001")
+    monkeypatch.setenv("RETINASERVE_MODEL", "/models/a.onnx")
+    settings = parse_settings(["--port", "9002"])
+    assert (settings.port, settings.model) == (9002, Path("/models/a.onnx"))
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETINASERVE_SCORE_THRESHOLD", "")
+    assert parse_settings([]).score_threshold is None
+
+
+def test_sizes_take_units_and_lists_take_commas() -> None:
+    settings = parse_settings(["--max-image-bytes", "5MiB", "--api-keys", "a, b", "--cors-origins", "https://x"])
+    assert settings.max_image_bytes == 5 * 2**20
+    assert [key.get_secret_value() for key in settings.api_keys] == ["a", "b"]
+    assert settings.cors_origins == ("https://x",)
+
+
+def test_keys_do_not_show_when_the_settings_are_logged() -> None:
+    assert "geheim" not in str(parse_settings(["--api-keys", "geheim"]).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "99999"], "--port (RETINASERVE_PORT): input should be less than or equal to 65535, not '99999'"),
+        (["--device", "tpu"], "'auto', 'cpu' or 'cuda', not 'tpu'"),
+        (["--score-threshold", "nan"], "--score-threshold"),
+        (["--queue-capacity", "0"], "--queue-capacity"),
+        (["--model-sha256", "abc"], "--model-sha256"),
+        (["--ssl-certfile", "a.pem"], "ssl_certfile and ssl_keyfile are needed together"),
+        (["--prot", "1"], "unrecognized arguments: --prot 1"),
+        (["--queue", "1"], "unrecognized arguments: --queue 1"),
+        (["--port"], "expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert says in error_of(capsys, *arguments)
+
+
+def test_a_wrong_or_unknown_variable_is_one_clear_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETINASERVE_PORT", "tcp://10.0.0.1:8000")
+    assert "RETINASERVE_PORT" in error_of(capsys)
+    monkeypatch.delenv("RETINASERVE_PORT")
+    monkeypatch.setenv("RETINASERVE_QUEUE_CAPACTIY", "4")
+    assert "unknown environment variable RETINASERVE_QUEUE_CAPACTIY" in error_of(capsys)
