@@ -1,7 +1,155 @@
-"""`python -m service detect`: the service's detections for files, in process, by the same code."""
+"""`python -m service detect`: detect in files, in process, by the same code that serves.
 
-from collections.abc import Sequence
+In: image files, and folders searched for images. Out: COCO results JSON (boxes xywh in pixels of the upright picture;
+`image_id` is the file's stem where that is an integer, else its name), and the pictures with the boxes drawn. Files are
+written under a temporary name and renamed. Exit codes: 0, 1 if some files could not be read, 2 if nothing could be
+done.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.image import InvalidImage, decode_image
+from model.metadata import InvalidModel
+from model.types import Detections, Pixels
+from service.config import PROGRAM, OneLineParser, Settings, add_setting_flags, read_settings
+from service.drawing import draw, encode_picture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+SETTINGS = (
+    "model", "device", "threads", "gpu_memory_limit_bytes", "score_threshold", "nms_threshold", "max_detections",
+    "max_image_pixels",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
-    raise NotImplementedError
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    settings = read_settings(parser, given)
+    try:
+        files = list(find_images(given.images))
+        detector = Detector(
+            settings.model,
+            device=settings.device,
+            threads=settings.threads,
+            gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        )
+        results, unreadable = detect_files(detector, files, settings, given.draw)
+        _write_results(results, given.out)
+    except (InvalidModel, DeviceUnavailable, OSError, ValueError) as error:
+        parser.error(str(error))
+    if unreadable:
+        sys.stderr.write(f"{len(unreadable)} of {len(files)} files could not be read\n")
+    return 1 if unreadable else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=f"{PROGRAM} detect",
+        allow_abbrev=False,
+        description="Detect objects in files. In [] the default.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="files, or folders of files")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the COCO results JSON here [standard output]")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="write the pictures with the boxes drawn here [not]")
+    add_setting_flags(parser, SETTINGS)
+    return parser
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """(file, name relative to the folder given) of each file, folders searched to the bottom, in order of name.
+
+    ValueError: a path does not exist, or a folder has no image.
+    """
+    for path in paths:
+        if path.is_dir():
+            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
+            if not found:
+                raise ValueError(f"{path} has no images ({', '.join(SUFFIXES)})")
+            yield from ((each, each.relative_to(path)) for each in found)
+        elif path.exists():
+            yield path, Path(path.name)
+        else:
+            raise ValueError(f"{path} does not exist")
+
+
+def detect_files(
+    detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, draw_folder: Path | None
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """COCO results of all files, and the files that could not be read. ValueError: two files have one image_id."""
+    results: list[dict[str, Any]] = []
+    unreadable: list[Path] = []
+    owners: dict[int | str, Path] = {}
+    for path, _ in files:
+        if (owner := owners.setdefault(image_id_of(path), path)) != path:
+            raise ValueError(f"{owner} and {path} would have the same image_id {image_id_of(path)!r}")
+    with tqdm(files, unit="image", disable=None) as progress:
+        for path, name in progress:
+            try:
+                pixels = decode_image(path.read_bytes(), max_pixels=settings.max_image_pixels)
+                detections = detector.detect(
+                    pixels,
+                    score_threshold=settings.score_threshold,
+                    nms_threshold=settings.nms_threshold,
+                    max_detections=settings.max_detections,
+                )
+            except (InvalidImage, InferenceFailed, OSError) as error:
+                progress.write(f"{path}: {error}", file=sys.stderr)
+                unreadable.append(path)
+                continue
+            results += coco_results(image_id_of(path), detections)
+            if draw_folder is not None:
+                _write_drawing(draw_folder / name, pixels, detections, detector)
+    return results, unreadable
+
+
+def image_id_of(path: Path) -> int | str:
+    return int(path.stem) if path.stem.isdecimal() else path.name
+
+
+def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
+    return [
+        {
+            "image_id": image_id,
+            "category_id": class_id,
+            "bbox": [round(value, 3) for value in (xmin, ymin, xmax - xmin, ymax - ymin)],
+            "score": round(score, 6),
+        }
+        for (xmin, ymin, xmax, ymax), score, class_id in zip(
+            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+        )
+    ]
+
+
+def _write_drawing(path: Path, pixels: Pixels, detections: Detections, detector: Detector) -> None:
+    """JPEG for a JPEG's name, else PNG with .png added to the name."""
+    names = {label.class_id: label.label for label in detector.metadata.labels}
+    picture = draw(pixels, detections, names)
+    if path.suffix.lower() in JPEG_SUFFIXES:
+        _write(path, encode_picture(picture, "jpeg"))
+    else:
+        _write(path.with_name(path.name + ".png"), encode_picture(picture, "png"))
+
+
+def _write_results(results: list[dict[str, Any]], path: Path | None) -> None:
+    text = json.dumps(results) + "\n"
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        _write(path, text.encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
