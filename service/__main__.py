@@ -23,6 +23,7 @@ from model.detector import Detector, available_cores
 from service import detect
 from service.app import Service, create_app
 from service.config import PROGRAM, Settings, parse_settings
+from service.connections import DeadlineProtocol
 from service.engine import Engine
 from service.gpu import sample_gpus
 from service.logs import start_logging
@@ -151,6 +152,7 @@ def build_service(settings: Settings) -> Service:
 def uvicorn_config(service: Service, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(service, settings),
+        http=DeadlineProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",
