@@ -111,7 +111,7 @@ class Job:
         self.future.get_loop().call_soon_threadsafe(self._settle, result, error)
 
     def _settle(self, result: Any, error: BaseException | None) -> None:
-        if self.future.done():
+        if self.future.done() or self.cancelled:
             return
         if error is None:
             self.future.set_result(result)
@@ -197,7 +197,10 @@ class Engine:
             job.settle(None, error)
             return
         job.data = bytearray()
-        self.batcher.put(job)
+        if job.gone:
+            self.batcher.give_back_place()
+        else:
+            self.batcher.put(job)
 
     def _run(self, batch: list[Job]) -> list[Candidates | Exception]:
         """On the device thread."""
