@@ -74,9 +74,9 @@ def test_every_selector_finds_the_pods_and_every_port_name_exists(overlay: str) 
 
 @both_overlays
 def test_a_pod_outlives_its_drain_and_its_longest_request(overlay: str) -> None:
-    fields = Settings.model_fields
-    drain = fields["drain_delay_seconds"].default + fields["request_timeout_seconds"].default
-    assert pod(render(overlay))["terminationGracePeriodSeconds"] > drain
+    settings = ("drain_delay_seconds", "upload_timeout_seconds", "request_timeout_seconds")
+    longest = sum(Settings.model_fields[name].default for name in settings)
+    assert pod(render(overlay))["terminationGracePeriodSeconds"] > longest
 
 
 @both_overlays
