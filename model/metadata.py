@@ -1,16 +1,20 @@
 """What an ONNX file says of itself: everything that evaluation and service must know beside the weights.
 
-`ModelMetadata` becomes the file's `metadata_props` (string to string, JSON where a value is not a plain string) and back.
-A file that lacks any of it, or is of another format version, is refused with `InvalidModel`.
+`ModelMetadata` becomes the file's `metadata_props` (string to string, JSON where a value is not a plain string) and
+back. A file that lacks any of it, or is of another format version, is refused with `InvalidModel`.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Literal, Self
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 FORMAT_VERSION = "1"
 KEY_PREFIX = "retinaserve."
+TEXT_FIELDS = ("name", "architecture", "precision", "data_set")
+"""Stored as they are; all others as JSON."""
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -26,12 +30,16 @@ class Label:
 
 @dataclass(frozen=True)
 class ResizePolicy:
-    """How an image becomes the network's input: scaled so that its shorter side is `shorter_side`, unless that makes its
-    longer side exceed `longest_side`; then padded at the bottom and right to multiples of `divisor`. Pixels."""
+    """How an image becomes the network's input: scaled so that its shorter side is `shorter_side`, unless that makes
+    its longer side exceed `longest_side`; then padded at the bottom and right to multiples of `divisor`. Pixels."""
 
     shorter_side: int = 800
     longest_side: int = 1333
     divisor: int = 32
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.shorter_side <= self.longest_side and self.divisor >= 1):
+            raise InvalidModel(f"{self} is not a resize policy: 1 <= shorter side <= longest side, 1 <= divisor")
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,12 @@ class ModelMetadata:
             raise InvalidModel("the model's labels repeat a class id")
         if len(set(names)) < len(names):
             raise InvalidModel("the model's labels repeat a name")
-        for threshold in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, threshold) <= 1:
-                raise InvalidModel(f"the model's {threshold} is {getattr(self, threshold)}, not between 0 and 1")
+        shares = {"score_threshold": self.score_threshold, "nms_threshold": self.nms_threshold, "ap": self.ap}
+        for name, share in shares.items():
+            if share is not None and not 0 <= share <= 1:
+                raise InvalidModel(f"the model's {name} is {share}, not between 0 and 1")
+        if self.max_detections < 1:
+            raise InvalidModel(f"the model's max_detections is {self.max_detections}, less than 1")
 
     def to_props(self) -> dict[str, str]:
         """The file's `metadata_props`."""
@@ -72,39 +83,28 @@ class ModelMetadata:
             KEY_PREFIX + key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
         }
 
-    @classmethod
-    def from_props(cls, props: Mapping[str, str]) -> Self:
+    @staticmethod
+    def from_props(props: Mapping[str, str]) -> "ModelMetadata":
         """Read them back. InvalidModel: one is missing or malformed, or the version is not ours."""
         version = props.get(KEY_PREFIX + "format_version")
         if version is None:
             raise InvalidModel("the file carries no retinaserve metadata: export it with `python -m training export`")
         if version != FORMAT_VERSION:
             raise InvalidModel(f"the file's format version is {version}; this program reads {FORMAT_VERSION}")
-
-        def text(key: str) -> str:
-            return props[KEY_PREFIX + key]
-
-        def value(key: str) -> object:
-            return json.loads(text(key))
-
+        values = {entry.name: _value(props, entry.name) for entry in fields(ModelMetadata)}
         try:
-            precision = text("precision")
-            if precision not in ("fp32", "fp16", "int8"):
-                raise InvalidModel(f"the file's precision is {precision!r}, not fp32, fp16 or int8")
-            return cls(
-                name=text("name"),
-                labels=tuple(Label(int(entry["class_id"]), str(entry["label"])) for entry in value("labels")),  # type: ignore[attr-defined]
-                architecture=text("architecture"),
-                precision=precision,  # type: ignore[arg-type]
-                resize=ResizePolicy(**value("resize")),  # type: ignore[arg-type]
-                score_threshold=float(value("score_threshold")),  # type: ignore[arg-type]
-                nms_threshold=float(value("nms_threshold")),  # type: ignore[arg-type]
-                max_detections=int(value("max_detections")),  # type: ignore[call-overload]
-                data_set=text("data_set"),
-                ap=None if value("ap") is None else float(value("ap")),  # type: ignore[arg-type]
-                training=dict(value("training")),  # type: ignore[call-overload]
-            )
-        except KeyError as error:
-            raise InvalidModel(f"the file's metadata lacks {error.args[0]}") from error
-        except (TypeError, ValueError) as error:
-            raise InvalidModel(f"the file's metadata cannot be read: {error}") from error
+            return TypeAdapter(ModelMetadata).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidModel(f"the file's metadata cannot be read: {where or 'model'}: {first['msg']}") from error
+
+
+def _value(props: Mapping[str, str], name: str) -> object:
+    try:
+        text = props[KEY_PREFIX + name]
+        return text if name in TEXT_FIELDS else json.loads(text)
+    except KeyError as error:
+        raise InvalidModel(f"the file's metadata lacks {KEY_PREFIX}{name}") from error
+    except json.JSONDecodeError as error:
+        raise InvalidModel(f"the file's metadata cannot be read: {name} is no JSON: {error}") from error
