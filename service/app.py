@@ -350,7 +350,6 @@ def _add_errors(app: FastAPI) -> None:
 
     for kind in CODES:
         app.add_exception_handler(kind, known)
-    app.add_exception_handler(Exception, known)
     app.add_exception_handler(RequestValidationError, invalid_query)
     app.add_exception_handler(HTTPException, by_framework)
 

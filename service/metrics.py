@@ -92,7 +92,7 @@ class Metrics:
         )
         self.http_duration = Histogram(
             "http_request_duration_seconds",
-            "Time from a request's headers to the end of its answer.",
+            "Time from a request's headers to its answer.",
             ["method", "route"],
             buckets=HTTP_SECONDS,
             registry=registry,

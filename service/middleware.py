@@ -49,7 +49,7 @@ def record_of(scope: Scope) -> Record:
 
 
 class Observe:
-    """Gives every request an id, and counts and logs it when it has ended."""
+    """Gives every request an id; counts and logs it when its answer begins: who has an answer finds it counted."""
 
     def __init__(
         self, app: ASGIApp, *, metrics: Metrics, routes: Collection[str], is_draining: Callable[[], bool]
@@ -65,12 +65,13 @@ class Observe:
             return
         record = Record(self._request_id(Headers(scope=scope)))
         scope.setdefault("state", {})["record"] = record
-        status = 500
+        answered = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                answered = True
+                self._count(scope, record, message["status"])
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = record.request_id
                 if self._is_draining():
@@ -80,15 +81,18 @@ class Observe:
         with self._metrics.http_in_flight.track_inprogress():
             try:
                 await self._app(scope, receive, send_with_id)
-            except Exception:  # the outermost boundary; the framework has answered 500 before it raised again
+            except (
+                Exception
+            ) as error:  # the outermost boundary: a bug is answered too, and its traceback is for the log
                 logger.exception("a request failed", extra={"fields": {"request_id": record.request_id}})
-        self._end(scope, record, status)
+                if not answered:
+                    await problem_response(error, record.request_id)(scope, receive, send_with_id)
 
     def _request_id(self, headers: Headers) -> str:
         given = headers.get("x-request-id", "")
         return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
-    def _end(self, scope: Scope, record: Record, status: int) -> None:
+    def _count(self, scope: Scope, record: Record, status: int) -> None:
         seconds = time.perf_counter() - record.watch.started
         path, method = scope["path"], scope["method"]
         route = path if path in self._routes else UNMATCHED
