@@ -20,6 +20,9 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
+"""Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
+
 
 class NotReady(Exception):
     """No model serves now: loading, or the device is lost. Try later, or another replica."""
@@ -106,8 +109,9 @@ class ModelStore:
         """Load again and count it; False: it failed and the old model serves on."""
         try:
             self.load()
-        except (InvalidModel, DeviceUnavailable, InferenceFailed, OSError) as error:
-            logger.error("the model was not reloaded, the old one serves on: %s", error)
+        except Exception as error:  # the loader's boundary: it must outlive any file, and look for the next
+            unforeseen = not isinstance(error, FORESEEN)
+            logger.error("the model was not reloaded, the old one serves on: %s", error, exc_info=unforeseen)
             self._metrics.model_reloads.labels("failure").inc()
             return False
         self._metrics.model_reloads.labels("success").inc()
@@ -138,7 +142,9 @@ class ModelStore:
         tried = seen = self._stamp()
         try:
             self.load()
-        except (InvalidModel, DeviceUnavailable, InferenceFailed, OSError) as error:
+        except Exception as error:  # a boundary: end with the reason, do not sit there unready
+            if not isinstance(error, FORESEEN):
+                logger.exception("the model cannot be loaded")
             on_failure(str(error))
             return
         while True:
