@@ -27,7 +27,7 @@ def server() -> Iterator[Serving]:
 
 
 def detect(server: Serving, **request: object) -> httpx.Response:
-    return httpx.post(server.url + "/detect", **request)  # type: ignore[arg-type]
+    return server.client.post("/detect", **request)  # type: ignore[arg-type]
 
 
 def assert_problem(response: httpx.Response, status: int, code: str) -> Problem:
@@ -132,9 +132,9 @@ def test_a_bare_curl_is_told_how_to_mend_it(server: Serving) -> None:
 
 
 def test_an_unknown_path_and_a_wrong_method_are_problems(server: Serving) -> None:
-    assert_problem(httpx.get(server.url + "/nothing"), 404, "not_found")
-    assert_problem(httpx.post(server.url + "/detect/"), 404, "not_found")
-    response = httpx.get(server.url + "/detect")
+    assert_problem(server.client.get("/nothing"), 404, "not_found")
+    assert_problem(server.client.post("/detect/"), 404, "not_found")
+    response = server.client.get("/detect")
     assert_problem(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
 
@@ -154,7 +154,7 @@ def test_the_query_decides_what_is_kept(server: Serving) -> None:
 def test_a_setting_wins_over_the_file_and_the_query_over_the_setting() -> None:
     image = picture(colour=(51, 0, 0))
     with serving(FakeDetector(), score_threshold=0.3) as server:
-        assert httpx.get(server.url + "/model").json()["defaults"]["score_threshold"] == 0.3
+        assert server.client.get("/model").json()["defaults"]["score_threshold"] == 0.3
         assert detect(server, content=image, headers=PNG).json()["detections"] == []
         query = {"score_threshold": 0.1}
         assert len(detect(server, content=image, headers=PNG, params=query).json()["detections"]) == 1
@@ -163,7 +163,7 @@ def test_a_setting_wins_over_the_file_and_the_query_over_the_setting() -> None:
 def test_a_batch_answers_each_image_in_order(server: Serving) -> None:
     images = [picture(64, 64), b"broken", picture(96, 64)]
     before = server.metric("retinaserve_requests_total", outcome="ok"), server.metric("retinaserve_images_total")
-    response = httpx.post(server.url + "/detect/batch", files=[("image", image) for image in images])
+    response = server.client.post("/detect/batch", files=[("image", image) for image in images])
     first, second, third = BatchAnswer.model_validate_json(response.content).results
     assert isinstance(first, Answer) and first.image.width == 64
     assert isinstance(second, Problem) and second.code == "invalid_image"
@@ -173,9 +173,9 @@ def test_a_batch_answers_each_image_in_order(server: Serving) -> None:
 
 
 def test_a_batch_of_seventeen_or_of_raw_bytes_is_refused(server: Serving) -> None:
-    url = server.url + "/detect/batch"
-    assert_problem(httpx.post(url, files=[("image", picture())] * 17), 400, "malformed_request")
-    assert_problem(httpx.post(url, content=picture(), headers=PNG), 415, "unsupported_media_type")
+    url = "/detect/batch"
+    assert_problem(server.client.post(url, files=[("image", picture())] * 17), 400, "malformed_request")
+    assert_problem(server.client.post(url, content=picture(), headers=PNG), 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize(("media_type", "kind"), [("image/png", "PNG"), ("image/jpeg", "JPEG")])
@@ -211,18 +211,18 @@ def test_a_picture_is_sent_only_when_named_and_ranked_above_json(accept: str, wa
 
 
 def test_the_model_describes_itself(server: Serving) -> None:
-    card = ModelCard.model_validate_json(httpx.get(server.url + "/model").content)
+    card = ModelCard.model_validate_json(server.client.get("/model").content)
     assert (card.name, card.provider, card.device_requested) == ("fake", "CPUExecutionProvider", "auto")
     assert [(entry.class_id, entry.label) for entry in card.labels] == [(1, "circle"), (2, "square")]
 
 
 def test_probes_answer_get_and_head(server: Serving) -> None:
     for path in ("/healthz", "/readyz"):
-        assert httpx.get(server.url + path).status_code == httpx.head(server.url + path).status_code == 200
+        assert server.client.get(path).status_code == server.client.head(path).status_code == 200
 
 
 def test_the_openapi_document_describes_every_route_with_examples(server: Serving) -> None:
-    document = httpx.get(server.url + "/openapi.json").json()
+    document = server.client.get("/openapi.json").json()
     assert set(document["paths"]) == {"/detect", "/detect/batch", "/model", "/healthz", "/readyz", "/metrics"}
     bodies = document["paths"]["/detect"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"multipart/form-data", "image/*", "application/octet-stream", "application/json"}
@@ -231,7 +231,7 @@ def test_the_openapi_document_describes_every_route_with_examples(server: Servin
 
 def test_docs_can_be_switched_off() -> None:
     with serving(FakeDetector(), docs=False) as server:
-        assert httpx.get(server.url + "/docs").status_code == httpx.get(server.url + "/openapi.json").status_code == 404
+        assert server.client.get("/docs").status_code == server.client.get("/openapi.json").status_code == 404
 
 
 def test_with_keys_set_a_request_needs_one_but_a_probe_does_not() -> None:
@@ -242,15 +242,15 @@ def test_with_keys_set_a_request_needs_one_but_a_probe_does_not() -> None:
             response = detect(server, content=picture(), headers=PNG | headers)
             assert_problem(response, 401, "unauthorized")
             assert response.headers["www-authenticate"] == "Bearer"
-        assert httpx.get(server.url + "/metrics").status_code == httpx.get(server.url + "/model").status_code == 401
-        assert httpx.get(server.url + "/healthz").status_code == httpx.get(server.url + "/readyz").status_code == 200
+        assert server.client.get("/metrics").status_code == server.client.get("/model").status_code == 401
+        assert server.client.get("/healthz").status_code == server.client.get("/readyz").status_code == 200
         assert server.metric("retinaserve_requests_total", outcome="invalid") == 4
 
 
 def test_cors_is_off_unless_an_origin_is_set() -> None:
     preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     with serving(FakeDetector(), cors_origins="https://a.example", api_keys="k") as server:
-        response = httpx.options(server.url + "/detect", headers=preflight)
+        response = server.client.options("/detect", headers=preflight)
         assert response.headers["access-control-allow-origin"] == "https://a.example"
     with serving(FakeDetector()) as server:
-        assert "access-control-allow-origin" not in httpx.options(server.url + "/detect", headers=preflight).headers
+        assert "access-control-allow-origin" not in server.client.options("/detect", headers=preflight).headers

@@ -1,0 +1,138 @@
+"""Bodies that are slow, late, too many or in odd pieces, over real sockets."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.serving import FakeDetector, Serving, picture, serving, wait_until
+
+HEAD = b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Serving]:
+    with serving(FakeDetector(), upload_timeout_seconds=1, max_upload_bytes_in_flight=2**20) as running:
+        yield running
+
+
+def connected(server: Serving) -> socket.socket:
+    url = httpx.URL(server.url)
+    connection = socket.create_connection((url.host, url.port or 80))
+    connection.settimeout(30)
+    return connection
+
+
+def answer(connection: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_body_that_does_not_arrive_in_time_gets_408(server: Serving) -> None:
+    with connected(server) as connection:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
+        assert b" 408 " in (said := answer(connection)) and b"upload_timeout" in said
+    assert server.metric("retinaserve_requests_total", outcome="timeout") >= 1
+
+
+def test_a_body_in_one_byte_pieces_is_read(server: Serving) -> None:
+    image = picture(8, 8)
+    with connected(server) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        for byte in image:
+            connection.sendall(b"1\r\n" + bytes([byte]) + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        assert b" 200 " in answer(connection)
+
+
+def test_a_client_that_waits_for_100_continue_need_not_send_what_is_too_large(server: Serving) -> None:
+    with connected(server) as connection:
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n")
+        said = connection.recv(65536)
+        assert b" 413 " in said and b"100 Continue" not in said
+
+
+def test_an_early_refusal_reaches_a_client_that_sends_its_whole_body_first(server: Serving) -> None:
+    body = b"\0" * (30 * 2**20)
+    response = server.client.post("/nowhere", content=body, headers={"Content-Type": "image/png"})
+    assert response.status_code == 404
+    assert response.headers["connection"] == "close"
+
+
+def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server: Serving) -> None:
+    with connected(server) as holding, connected(server) as refused:
+        holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
+        uploads = server.service._uploads
+        wait_until(lambda: uploads.bytes_in_flight == 900_000)
+        refused.sendall(HEAD + b"Content-Length: 400000\r\n\r\n" + b"\0" * 400_000)
+        said = refused.recv(65536)
+        assert b" 429 " in said and b"retry-after" in said
+        response = server.client.post("/detect", content=picture(), headers={"Content-Type": "image/png"})
+        assert response.status_code == 200, "a small one still passes"
+    wait_until(lambda: uploads.bytes_in_flight == 0)
+
+
+def test_many_half_sent_uploads_do_not_keep_good_requests_from_being_served(server: Serving) -> None:
+    rude = [connected(server) for _ in range(50)]
+    for connection in rude:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
+    for _ in range(5):
+        response = server.client.post("/detect", content=picture(), headers={"Content-Type": "image/png"})
+        assert response.status_code == 200
+    for connection in rude:
+        connection.close()
+    wait_until(lambda: server.metric("http_requests_in_flight") == 0)
+
+
+def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.connections import DeadlineProtocol
+
+    monkeypatch.setattr(DeadlineProtocol, "header_seconds", 0.3)
+    with serving(FakeDetector()) as server, connected(server) as slow:
+        slow.sendall(b"POST /detect HTTP/1.1\r\nHo")
+        assert answer(slow) == b""
+        with connected(server) as kept:
+            for _ in range(2):
+                kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                said = b""
+                while b"alive" not in said:
+                    said += kept.recv(65536)
+                    assert said, "between two requests the keep-alive time counts, not this one"
+                time.sleep(0.5)
+
+
+def test_a_multipart_body_is_the_same_however_it_is_cut() -> None:
+    from service.uploads import MultipartImages
+
+    body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n\r\n--\r\n--b-\r\r\n--b--\r\n'
+    for size in range(1, len(body) + 1):
+        form = MultipartImages(b"b", max_images=1, max_image_bytes=100)
+        for start in range(0, len(body), size):
+            form.feed(body[start : start + size])
+        assert form.finish() == [b"\r\n--\r\n--b-\r"]
+
+
+def test_good_requests_are_answered_while_others_upload_slowly(server: Serving) -> None:
+    stop = threading.Event()
+
+    def trickle() -> None:
+        with connected(server) as connection:
+            connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
+            while not stop.wait(0.05):
+                connection.sendall(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        response = server.client.post("/detect", content=picture(), headers={"Content-Type": "image/png"})
+        assert response.status_code == 200
+    finally:
+        stop.set()
+        thread.join()
