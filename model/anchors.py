@@ -1,7 +1,9 @@
 """Anchors: the reference boxes that every cell of every pyramid level offers, and the coding of boxes relative to them.
 
-Frame: xyxy float32 in canvas pixels, cell centres at multiples of the stride (offset 0), as torchvision's AnchorGenerator has it.
-Order: level, then row, then column, then the cell's anchors by aspect ratio and within it by scale. The heads' channels follow it.
+Frame: xyxy float32 in canvas pixels, cell centres at multiples of the stride (offset 0), as torchvision's
+AnchorGenerator has it.
+Order: level, then row, then column, then the cell's anchors by aspect ratio and within it by scale. The heads'
+channels follow it.
 
 Sources: Lin et al. 2017 (Focal Loss) §4 "Anchors"; Girshick 2015 (Fast R-CNN) eq. 1-4 for the coding.
 """
@@ -30,7 +32,7 @@ class AnchorConfig:
     lowest_level: int = 3
     """P3: its cells are 2**3 pixels apart."""
     stride: Literal["exact", "torchvision"] = "exact"
-    """exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7 and which its weights were trained with."""
+    """exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7, as its weights need it."""
 
     def __post_init__(self) -> None:
         lengths = (*self.base_sizes, *self.scales, *self.aspect_ratios)
@@ -70,6 +72,7 @@ class Anchors(torch.nn.Module):
     def __init__(self, config: AnchorConfig) -> None:
         super().__init__()
         self.config = config
+        self.cells: Tensor
         cells = [cell_anchors(size, config.scales, config.aspect_ratios) for size in config.base_sizes]
         self.register_buffer("cells", torch.stack(cells), persistent=False)
 

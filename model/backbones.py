@@ -1,7 +1,8 @@
 """Backbones: torchvision's ResNets, ResNeXts and MobileNetV3s, cut after the last classification-free stage.
 
-A backbone maps normalised images [N, 3, H, W] to C3, C4 and C5 (strides 8, 16, 32); its parameters keep torchvision's names.
-Norm layers are trained (`batch`) or fixed affine maps (`frozen`, for fine-tuning with few images per step).
+A backbone maps normalised images [N, 3, H, W] to C3, C4 and C5 (strides 8, 16, 32); its parameters keep
+torchvision's names. Norm layers are trained (`batch`) or fixed affine maps (`frozen`, for fine-tuning with few
+images per step).
 """
 
 from collections import OrderedDict
@@ -81,7 +82,7 @@ def _multiple_of_8(channels: float) -> int:
 
 def _resnet(network: nn.Module) -> Backbone:
     stages = [network.get_submodule(name) for name in ("layer2", "layer3", "layer4")]
-    c3, c4, c5 = (_last_convolution(stage).out_channels for stage in stages)
+    c3, c4, c5 = (int(_last_convolution(stage).out_channels) for stage in stages)
     return Backbone(IntermediateLayerGetter(network, {"layer2": "0", "layer3": "1", "layer4": "2"}), (c3, c4, c5))
 
 
@@ -95,8 +96,7 @@ def _mobilenet(network: nn.Module) -> Backbone:
     features = list(network.get_submodule("features").children())
     halving = [index for index, block in enumerate(features) if isinstance(block, InvertedResidual) and block._is_cn]
     ends = [halving[-2] - 1, halving[-1] - 1, len(features) - 1]
-    c3, c4 = (features[end].out_channels for end in ends[:2])
-    c5 = features[-1].out_channels
+    c3, c4, c5 = (int(features[end].out_channels) for end in ends)  # type: ignore[arg-type]
     body = IntermediateLayerGetter(network.get_submodule("features"), {str(end): str(i) for i, end in enumerate(ends)})
     return Backbone(body, (c3, c4, c5))
 

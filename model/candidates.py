@@ -1,8 +1,8 @@
 """From canvases to candidates: normalise, run the network, select the best pairs of each level, decode their boxes.
 
-This one torch module is what evaluation runs and what the export traces, so a checkpoint and its ONNX file cannot drift apart.
-Every output has a fixed size, whatever the input: 1,000 (anchor, class) pairs for each pyramid level, absent ones scored -1.
-The score threshold and NMS come after it (`model.suppress`).
+This one torch module is what evaluation runs and what the export traces, so a checkpoint and its ONNX file cannot
+drift apart. Every output has a fixed size, whatever the input: 1,000 (anchor, class) pairs for each pyramid level,
+absent ones scored -1. The score threshold and NMS come after it (`model.suppress`).
 
 Source: Lin et al. 2017 §4.1 "Inference"; the order (top-k, decode, clip) is torchvision's.
 """
@@ -29,6 +29,8 @@ class Normalise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", 1 / (255 * torch.tensor(IMAGE_STD)).view(3, 1, 1), persistent=False)
         self.register_buffer(
             "shift", (torch.tensor(IMAGE_MEAN) / torch.tensor(IMAGE_STD)).view(3, 1, 1), persistent=False
@@ -38,7 +40,7 @@ class Normalise(nn.Module):
         pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale - self.shift
         rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
         columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
-        return pixels * (rows[:, None, :, None] & columns[:, None, None, :])  # type: ignore[no-any-return]
+        return pixels * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +62,15 @@ class CandidateDetector(nn.Module):
         super().__init__()
         if len(labels) != network.num_classes:
             raise ValueError(f"{len(labels)} labels for a network of {network.num_classes} classes")
+        self.class_ids: Tensor
         self.normalise = Normalise()
         self.network = network
         self.register_buffer("class_ids", torch.tensor([label.class_id for label in labels]), persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images uint8 [N, H, W, 3] RGB, sizes int64 [N, 2] valid (height, width) -> boxes, scores, labels."""
-        outputs = self.network(self.normalise(images, sizes))
+        pixels = self.normalise(images, sizes).to(self.network.dtype)
+        outputs = self.network(pixels)
         batch = self.select(outputs, sizes, canvas=(images.shape[1], images.shape[2]))
         return batch.boxes, batch.scores, batch.labels
 
@@ -89,8 +93,8 @@ def _select_level(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The top 1,000 (anchor, class) pairs of one level: boxes [N, 1000, 4], logits [N, 1000], columns [N, 1000].
 
-    In two steps, which is exact (those pairs lie on the 1,000 anchors of the best maxima) and sorts K times less: first the
-    anchors by their best class, then the pairs on them. -inf fills up a level that has fewer.
+    In two steps, which is exact (those pairs lie on the 1,000 anchors of the best maxima) and sorts K times less: first
+    the anchors by their best class, then the pairs on them. -inf fills up a level that has fewer.
     """
     batch, _, rows, columns = cls_logits.shape
     cells = rows * columns

@@ -1,11 +1,12 @@
 """RetinaNet: a backbone, a feature pyramid, and two small convolutional heads shared by every level.
 
 In:   normalised RGB images [N, 3, H, W]
-Out:  `LevelOutputs`, one pair of maps for each level; A anchors per cell, K classes
-Parameter names are torchvision's (`backbone.body`, `backbone.fpn.inner_blocks`, `head.classification_head.conv`, ...), so that its
-COCO checkpoints load with `strict=True`.
+Out:  `LevelOutputs`, one pair of maps for each level; A anchors per cell, K classes Parameter names are
+torchvision's (`backbone.body`, `backbone.fpn.inner_blocks`, `head.classification_head.conv`, ...), so that its COCO
+checkpoints load with `strict=True`.
 
-Sources: Lin et al. 2017, Focal Loss for Dense Object Detection (RetinaNet, §4); Lin et al. 2017, Feature Pyramid Networks.
+Sources: Lin et al. 2017, Focal Loss for Dense Object Detection (RetinaNet, §4); Lin et al. 2017, Feature Pyramid
+Networks.
 """
 
 import math
@@ -106,6 +107,11 @@ class RetinaNet(nn.Module):
             [self.head.regression_head(level) for level in levels],
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self.head.regression_head.bbox_reg.weight.dtype
+
     def flatten(self, outputs: LevelOutputs) -> Predictions:
         return Predictions(flatten_maps(outputs.cls_logits, self.num_classes), flatten_maps(outputs.bbox_regression, 4))
 
@@ -131,7 +137,7 @@ class FeaturePyramid(nn.Module):
         )
         for conv in [*self.inner_blocks, *self.layer_blocks]:
             nn.init.kaiming_uniform_(conv[0].weight, a=1)
-            nn.init.zeros_(conv[0].bias)
+            _zero_bias(conv[0])
         self.extra_blocks = P6P7(in_channels[-1] if p6_from == "c5" else channels, channels)
         self.p6_from = p6_from
 
@@ -151,7 +157,7 @@ class P6P7(nn.Module):
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         for conv in (self.p6, self.p7):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            _zero_bias(conv)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         p6 = self.p6(feature)
@@ -175,6 +181,7 @@ class ClassificationHead(nn.Module):
     def reset_prior(self, prior: float) -> None:
         """Initialise the output layer so that every anchor starts with probability `prior` of each class."""
         nn.init.normal_(self.cls_logits.weight, std=0.01)
+        assert self.cls_logits.bias is not None
         nn.init.constant_(self.cls_logits.bias, prior_bias(prior))
 
     def forward(self, level: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ class RegressionHead(nn.Module):
         self.conv = _subnet(config)
         self.bbox_reg = nn.Conv2d(config.head_channels, config.anchors.per_cell * 4, 3, padding=1)
         nn.init.normal_(self.bbox_reg.weight, std=0.01)
-        nn.init.zeros_(self.bbox_reg.bias)
+        _zero_bias(self.bbox_reg)
 
     def forward(self, level: Tensor) -> Tensor:
         return self.bbox_reg(self.conv(level))  # type: ignore[no-any-return]
@@ -196,6 +203,11 @@ class RegressionHead(nn.Module):
 def prior_bias(prior: float) -> float:
     """The logit of `prior` (paper §4.1): -log((1 - prior) / prior)."""
     return -math.log((1 - prior) / prior)
+
+
+def _zero_bias(conv: nn.Conv2d) -> None:
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
 
 
 def _subnet(config: RetinaNetConfig) -> nn.Sequential:
@@ -208,7 +220,7 @@ def _subnet(config: RetinaNetConfig) -> nn.Sequential:
         if config.head_norm == "group":
             norm.append(nn.GroupNorm(min(GROUPS, config.head_channels // 8), config.head_channels))
         else:
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            _zero_bias(conv)
         layers.append(nn.Sequential(conv, *norm, nn.ReLU(inplace=True)))
         channels = config.head_channels
     return nn.Sequential(*layers)

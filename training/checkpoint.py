@@ -1,7 +1,8 @@
 """Checkpoints: a dict that `torch.load(weights_only=True)` reads, written to a temporary name and renamed.
 
-Keys: `model` (state dict on torchvision's names), `ema` (the averaged weights, or None), `config`, `labels`, `step`, `ap`,
-`data_set`, and `optimiser` with what resuming needs. Evaluation and export use `ema` where there is one.
+Keys: `model` (state dict on torchvision's names), `ema` (the averaged weights, or None), `config`, `labels`,
+`step`, `ap`, `data_set`, and `optimiser` with what resuming needs. Evaluation and export use `ema` where there is
+one.
 """
 
 import os

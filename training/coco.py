@@ -3,9 +3,9 @@
 DIR holds `annotations/instances_{train,val}.json` with `images/{train,val}/`, or COCO's own layout
 (`annotations/instances_{train,val}2017.json` with `{train,val}2017/`).
 
-A class's column is its place in the list of the data set's category ids, sorted; ids may have gaps. Boxes become xyxy float32 in
-pixels of the upright picture. Boxes that lie outside the picture or have no area are dropped and counted; crowds are kept apart,
-to be ignored.
+A class's column is its place in the list of the data set's category ids, sorted; ids may have gaps. Boxes become
+xyxy float32 in pixels of the upright picture. Boxes that lie outside the picture or have no area are dropped and
+counted; crowds are kept apart, to be ignored.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""What a training run is made of: frozen values with their help texts, the presets, and the command-line flags made from them.
+"""What a training run is made of: frozen values with their help texts, the presets, and the command-line flags made
+from them.
 
-A preset is the sole home of its numbers; every value of it can be overridden by the flag of the same name. An unknown key is an
-error, on the command line and in a checkpoint.
+A preset is the sole home of its numbers; every value of it can be overridden by the flag of the same name. An
+unknown key is an error, on the command line and in a checkpoint.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Which samples make which step, and their loading by worker processes.
 
-The order of pictures and the randomness of a sample depend only on (seed, epoch, index): a run that was stopped and resumed sees
-the same samples as one that was not, with any number of workers.
+The order of pictures and the randomness of a sample depend only on (seed, epoch, index): a run that was stopped and
+resumed sees the same samples as one that was not, with any number of workers.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def load_batches(data_set: CocoDataSet, config: TrainConfig, *, first_step: int,
     keys = [next(steps) for _ in range(config.steps)][first_step:]
     loader = DataLoader(
         TrainingSamples(data_set, config),
-        batch_sampler=keys,  # type: ignore[arg-type]
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=_Collate(config.resize.divisor),
         worker_init_fn=_one_thread,

@@ -1,4 +1,5 @@
-"""COCO average precision of a checkpoint or an ONNX file, through the very decode, resize, canvas, NMS and labels that serve.
+"""COCO average precision of a checkpoint or an ONNX file, through the very decode, resize, canvas, NMS and labels that
+serve.
 
 In: a COCO-format data set and anything that turns canvases into candidates. Out: `ApReport`, pycocotools' figures.
 Source of the metric: Lin et al. 2014 (COCO); pycocotools is the reference implementation itself.
@@ -158,7 +159,8 @@ def average_precision(annotation_file: Path, results: list[dict[str, Any]], imag
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], any area, 100 detections
     names = [str(category["name"]) for category in truth.loadCats(evaluation.params.catIds)]
     per_class = {name: _mean(precision[:, :, column]) for column, name in enumerate(names)}
-    return ApReport(*figures[:6], figures[8], per_class, len(image_ids))
+    ap, ap50, ap75, small, medium, large, _, _, recall_100, *_ = figures
+    return ApReport(ap, ap50, ap75, small, medium, large, recall_100, per_class, len(image_ids))
 
 
 def _mean(precision: np.ndarray[Any, Any]) -> float:

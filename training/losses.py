@@ -1,7 +1,8 @@
 """RetinaNet's two losses: focal loss over all anchors and classes, and a box loss over the positive anchors.
 
-Both are sums divided by the number of positive anchors (of each image, then averaged; or of the whole batch), so their scale does
-not depend on the number of easy background anchors. Source: Lin et al. 2017 (Focal Loss) §3 and §4.1; GIoU: Rezatofighi 2019.
+Both are sums divided by the number of positive anchors (of each image, then averaged; or of the whole batch), so
+their scale does not depend on the number of easy background anchors. Source: Lin et al. 2017 (Focal Loss) §3 and
+§4.1; GIoU: Rezatofighi 2019.
 """
 
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> 
 
     logits  [...]
     truth   [...]  1 for foreground, 0 for background
-    FL = -alpha_t (1 - p_t)**gamma log(p_t), with p_t = p and alpha_t = alpha for foreground, 1 - p and 1 - alpha for background.
+    FL = -alpha_t (1 - p_t)**gamma log(p_t); p_t = p, alpha_t = alpha for foreground, 1 - p, 1 - alpha for background.
     """
     cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     probability = torch.sigmoid(logits)
@@ -92,7 +93,8 @@ def _box_loss(deltas: Tensor, anchors: Tensor, matches: Tensor, boxes: Tensor, c
     positive = (matches > BACKGROUND).nonzero().squeeze(1)
     deltas, anchors, boxes = deltas[positive], anchors[positive], boxes[matches[positive]]
     if config.box_loss == "giou":
-        return generalized_box_iou_loss(decode_boxes(deltas, anchors), boxes, reduction="sum")  # type: ignore[no-any-return]
+        loss: Tensor = generalized_box_iou_loss(decode_boxes(deltas, anchors), boxes, reduction="sum")
+        return loss
     beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
     return F.smooth_l1_loss(deltas, encode_boxes(boxes, anchors), beta=beta, reduction="sum")
 

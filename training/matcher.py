@@ -1,8 +1,9 @@
 """Which anchor is responsible for which object.
 
 An anchor belongs to the object that it overlaps most: positive from `fg_iou_threshold` on, background below
-`bg_iou_threshold`, ignored between. Each object also keeps the anchors that overlap it best, however little, so that none is left
-without. Source: Lin et al. 2017 (Focal Loss) §4 "Anchors"; the best-anchor rule as in Faster R-CNN (Ren et al. 2015, §3.1.2).
+`bg_iou_threshold`, ignored between. Each object also keeps the anchors that overlap it best, however little, so
+that none is left without. Source: Lin et al. 2017 (Focal Loss) §4 "Anchors"; the best-anchor rule as in Faster
+R-CNN (Ren et al. 2015, §3.1.2).
 """
 
 import torch

@@ -1,7 +1,8 @@
 """The training loop: batches in, checkpoints out.
 
-A run folder holds `last.pt` (to go on from), `best.pt` (by AP), and `metrics.jsonl` (one line for every LOG_EVERY steps and every
-evaluation). A step's samples, learning rate and batch-norm state depend only on its number, so a resumed run is the run it resumes.
+A run folder holds `last.pt` (to go on from), `best.pt` (by AP), and `metrics.jsonl` (one line for every LOG_EVERY
+steps and every evaluation). A step's samples, learning rate and batch-norm state depend only on its number, so a
+resumed run is the run it resumes.
 """
 
 import copy
@@ -104,11 +105,11 @@ class _Run:
         if not math.isfinite(float(losses.total.detach())):
             raise TrainingDiverged(
                 f"step {state.step + 1}: classification loss {float(losses.classification):.4g}, box loss "
-                f"{float(losses.box):.4g}. The last good weights are in {self.out / 'last.pt'}; a lower --learning-rate, "
-                f"more --warmup-steps or --gradient-clip may help."
+                f"{float(losses.box):.4g}. The last good weights are in {self.out / 'last.pt'}; "
+                f"a lower --learning-rate, more --warmup-steps or --gradient-clip may help."
             )
         state.optimiser.zero_grad(set_to_none=True)
-        losses.total.backward()
+        losses.total.backward()  # type: ignore[no-untyped-call]
         if self.config.optimiser.gradient_clip:
             nn.utils.clip_grad_norm_(state.network.parameters(), self.config.optimiser.gradient_clip)
         state.optimiser.step()

@@ -1,7 +1,8 @@
 """Random changes of one training sample, and the batch that is made of several.
 
-A sample is an upright RGB picture uint8 [H, W, 3] with its boxes in the picture's pixels; every step keeps boxes and pixels
-together. Randomness comes from the generator that is passed in, never from elsewhere, so a sample is a function of its key.
+A sample is an upright RGB picture uint8 [H, W, 3] with its boxes in the picture's pixels; every step keeps boxes
+and pixels together. Randomness comes from the generator that is passed in, never from elsewhere, so a sample is a
+function of its key.
 """
 
 from collections.abc import Callable, Sequence
@@ -133,7 +134,7 @@ def _crop_corner(
 def _resized_window(
     pixels: Pixels, resized: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
 ) -> Pixels:
-    """The window (height, width) at `corner` (top, left) of the picture resized to `resized`, without making the rest."""
+    """The window (height, width) at `corner` (top, left) of the picture at size `resized`, without making the rest."""
     scale_y, scale_x = (new / old for new, old in zip(resized, pixels.shape[:2], strict=True))
     # pixel centres: x_resized = (x + 0.5) * scale - 0.5 - left
     matrix = np.array(
@@ -144,7 +145,8 @@ def _resized_window(
     )
     size = (window[1], window[0])
     warped = cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return warped.astype(np.uint8, copy=False)
+    window_pixels: Pixels = warped
+    return window_pixels
 
 
 def _scale_boxes(target: Target, scale_x: float, scale_y: float) -> Target:
@@ -169,11 +171,11 @@ def _clip(
     moved = boxes - np.array([left, top, left, top], dtype=np.float32)
     limits = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)
     clipped = np.clip(moved, 0, limits)
-    return clipped, _area(clipped) / np.maximum(_area(moved), 1e-6)
+    return clipped, _area(clipped) / np.maximum(_area(moved), np.float32(1e-6))
 
 
 def _area(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # type: ignore[no-any-return]
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _map_boxes(target: Target, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Target:

@@ -1,0 +1,147 @@
+"""Checkpoint -> one ONNX file, checked against torch before it gets its name.
+
+The file holds everything from canvases to candidates (normalisation, network, top-k, box decoding) at opset 18,
+with its weights inside and what the service must know in `metadata_props`. It is written to a temporary name, run
+by ONNX Runtime at a batch and canvas other than the traced ones, and renamed only if it agrees with torch;
+otherwise nothing is left behind.
+"""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from model.candidates import CandidateDetector
+from model.metadata import ModelMetadata, Precision
+from model.types import Candidates
+from training.checkpoint import Checkpoint, build_detector
+
+log = logging.getLogger(__name__)
+OPSET = 18
+"""Every operator that the graph uses has a CUDA kernel at it; from 21 on, GroupNorm falls apart into primitives."""
+INPUTS = ("images", "sizes")
+OUTPUTS = ("boxes", "scores", "labels")
+TRACED = (2, 256, 384)
+CHECKED = (3, 96, 224)
+"""(batch, height, width). No side of a traced level may be 1: the exporter would take it for a constant."""
+SCORE_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
+BOX_TOLERANCE: Mapping[Precision, float] = {"fp32": 0.05, "fp16": 4.0}
+"""Canvas pixels."""
+COMPARED = 100
+"""Best candidates of an image that must be found again."""
+
+
+class ExportFailed(RuntimeError):
+    """The file's answers are not torch's, or the graph does not pass ONNX's own checks."""
+
+
+def export(checkpoint: Checkpoint, out: Path, *, name: str, precision: Precision = "fp32") -> ModelMetadata:
+    """Write the ONNX file. ExportFailed: it would not do what the checkpoint does; then `out` is as it was."""
+    detector = build_detector(checkpoint)
+    metadata = describe(checkpoint, name, precision)
+    model = to_onnx(half_network(detector) if precision == "fp16" else detector)
+    onnx.helper.set_model_props(model, metadata.to_props())
+    onnx.checker.check_model(model, full_check=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(model.SerializeToString())
+        check_equal(detector, temporary, precision)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    log.info("%s: %s, %.1f MB", out, precision, out.stat().st_size / 1e6)
+    return metadata
+
+
+def half_network(detector: CandidateDetector) -> CandidateDetector:
+    """A copy whose network computes in fp16; selection and decoding stay fp32: above 2,048, fp16 has only whole pixels."""
+    half = copy.deepcopy(detector)
+    half.network.half()
+    return half
+
+
+def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMetadata:
+    weights = "trained weights" if checkpoint.ema is None else "moving average of the weights"
+    return ModelMetadata(
+        name=name,
+        labels=checkpoint.labels,
+        architecture=checkpoint.config.model.describe(),
+        precision=precision,
+        resize=checkpoint.config.resize,
+        data_set=checkpoint.data_set,
+        ap=checkpoint.ap,
+        training={**(checkpoint.training or {}), "steps": str(checkpoint.step), "weights": weights},
+    )
+
+
+def to_onnx(detector: CandidateDetector) -> onnx.ModelProto:
+    """Trace the module with named dynamic batch, height and width."""
+    batch, height, width = TRACED
+    images, sizes = example_inputs(batch, height, width)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            detector,
+            (images, sizes),
+            dynamo=True,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_shapes=({0: "batch", 1: "height", 2: "width"}, {0: "batch"}),
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def check_equal(detector: CandidateDetector, file: Path, precision: Precision) -> None:
+    """Run both on noise at another batch and canvas than the traced ones. ExportFailed: they differ."""
+    images, sizes = example_inputs(*CHECKED)
+    with torch.inference_mode():
+        expected = [output.numpy() for output in detector(images, sizes)]
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"], enable_fallback=0)
+    found = session.run(OUTPUTS, {"images": images.numpy(), "sizes": sizes.numpy()})
+    for name, ours, theirs in zip(OUTPUTS, found, expected, strict=True):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise ExportFailed(f"{name}: {ours.dtype} {ours.shape} here, {theirs.dtype} {theirs.shape} in torch")
+    for ours, theirs in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
+        _compare(Candidates(*ours), Candidates(*theirs), precision)
+    log.info("ONNX Runtime agrees with torch on %d pictures of %d x %d", *CHECKED)
+
+
+def _compare(found: Candidates, expected: Candidates, precision: Precision) -> None:
+    """Every one of torch's best candidates must be among ONNX Runtime's; equal scores may come in another order."""
+    best = np.argsort(-expected.scores)[:COMPARED]
+    same_label = expected.labels[best, None] == found.labels
+    score_error = np.abs(expected.scores[best, None] - found.scores)
+    box_error = np.abs(expected.boxes[best, None] - found.boxes).max(axis=-1)
+    fits = same_label & (score_error <= SCORE_TOLERANCE[precision]) & (box_error <= BOX_TOLERANCE[precision])
+    missing = int((~fits.any(axis=1)).sum())
+    if missing:
+        raise ExportFailed(f"ONNX Runtime lacks {missing} of torch's best {COMPARED} candidates")
+
+
+def example_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Noise, each image with a valid part of another size."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
+    sizes = torch.tensor([[height - 7 * image, width - 3 * image] for image in range(batch)])
+    return images, sizes
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's chatter about its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
