@@ -1,32 +1,82 @@
-"""An .onnx file that detects: loaded, verified, run by ONNX Runtime. Needs no torch."""
+"""An .onnx file that detects: loaded, verified, run by ONNX Runtime. Needs no torch.
 
+CanvasImage, one or a batch of one canvas size --Detector.run--> Candidates, one for each, in canvas pixels
+
+The file is read once: what `sha256` names is what runs. CUDA is never left silently: not when the model is opened (see
+`fell_back`), and not when a run fails.
+"""
+
+import hashlib
+import logging
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from model.metadata import ModelMetadata
+import numpy as np
+import onnxruntime as ort
+
+from model.image import to_canvas, to_original
+from model.metadata import InvalidModel, ModelMetadata
+from model.sessions import (
+    CPU,
+    CUDA,
+    AnyShape,
+    DeviceUnavailable,
+    FixedShapes,
+    InputShape,
+    available_cores,
+    has_cuda_build,
+    open_on_cpu,
+    open_on_cuda,
+)
+from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
 
+__all__ = ["PRETRAINED", "Detector", "Device", "DeviceUnavailable", "InferenceFailed", "available_cores"]
+
 Device = Literal["auto", "cpu", "cuda"]
+FailureKind = Literal["oom", "cuda", "other"]
 PRETRAINED = Path(__file__).parent / "pretrained" / "shapes.onnx"
+DEFAULT_GPU_MEMORY_BYTES = 12 * 2**30
+"""Leaves a card of 16 GiB some air."""
+COMMON_SIZES = ((1200, 1200), (1200, 1600), (1600, 1200), (1200, 1800), (1800, 1200), (1080, 1920), (1920, 1080))
+"""(height, width) of pictures whose canvases `warm_up` runs: 1:1, 4:3, 3:2, 16:9, both ways."""
+CONTRACT = (
+    "images uint8 [batch, height, width, 3] and sizes int64 [batch, 2] in, boxes float32 [batch, candidates, 4], "
+    "scores float32 [batch, candidates] and labels int64 [batch, candidates] out"
+)
 
-
-class DeviceUnavailable(RuntimeError):
-    """The device asked for cannot be used: no CUDA wheel, library, driver or GPU."""
+logger = logging.getLogger(__name__)
 
 
 class InferenceFailed(RuntimeError):
     """A run raised, or answered with numbers that are not finite."""
 
-    kind: Literal["oom", "cuda", "other"]
-    fatal: bool
+    kind: FailureKind = "other"
+    """oom: the device's memory did not suffice. cuda: the device or its libraries failed."""
+    fatal: bool = False
     """The device's context is lost: no later run of this process can succeed."""
+
+    @classmethod
+    def because(cls, error: Exception) -> Self:
+        """Read off ONNX Runtime's message: its exceptions carry nothing else."""
+        failure = cls(f"inference failed: {_one_line(error)}")
+        failure.kind = _kind(str(error))
+        code = re.search(r"CUDA failure (\d+)", str(error))
+        failure.fatal = code is not None and int(code[1]) in STICKY_CUDA_ERRORS
+        return failure
+
+
+# Of cudaError_t, those after which every call fails: uncorrectable ECC, invalid PTX of a lost device, peer and context
+# lost (214, 220, 226, 709), traps and bad addresses (700, 702, 710, 714-719), no device and unknown (46, 100, 999).
+STICKY_CUDA_ERRORS = frozenset({46, 100, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
 
 
 class Detector:
     """An open file. `run` is thread-safe; on CUDA callers queue up, so use one thread per device.
 
-    Raises InvalidModel (model.metadata) and DeviceUnavailable when built, InferenceFailed from run, detect, warm_up.
+    Raises InvalidModel and DeviceUnavailable when built, InferenceFailed from run, detect and warm_up.
     """
 
     path: Path
@@ -47,15 +97,61 @@ class Detector:
         threads: int | None = None,
         gpu_memory_limit_bytes: int | None = None,
     ) -> None:
-        raise NotImplementedError
+        """`threads` for one inference on the CPU [the cores available]; `gpu_memory_limit_bytes` [12 GiB] bounds an
+        estimate, see FixedShapes."""
+        if device == "cuda" and not has_cuda_build():
+            raise DeviceUnavailable("this ONNX Runtime is built without CUDA: install retinaserve[gpu] and no [cpu]")
+        model = _read(path)
+        self.path, self.device_requested = path, device
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        session = _open_verified(path, model, threads)
+        self.metadata = _metadata(path, session)
+        self.provider, self.fell_back = CPU, False
+        self._run_batch: AnyShape | FixedShapes = AnyShape(session)
+        if device != "cpu" and has_cuda_build():
+            self._move_to_cuda(model, gpu_memory_limit_bytes or DEFAULT_GPU_MEMORY_BYTES)
+
+    def _move_to_cuda(self, model: bytes, memory_limit_bytes: int) -> None:
+        def open_session(shape: InputShape) -> ort.InferenceSession:
+            return open_on_cuda(model, shape, memory_limit_bytes)
+
+        ort.preload_dlls()  # CUDA and cuDNN from the wheels beside ours; prints what it misses
+        on_cuda = FixedShapes(open_session, weight_bytes=len(model), limit_bytes=memory_limit_bytes)
+        try:
+            on_cuda([self._blank_canvas(COMMON_SIZES[1])])
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            if self.device_requested == "cuda":
+                raise DeviceUnavailable(f"{self.path} cannot run on CUDA: {_one_line(error)}") from error
+            logger.warning("CUDA cannot be used, %s runs on the CPU: %s", self.path, _one_line(error))
+            self.fell_back = True
+        else:
+            self.provider, self._run_batch = CUDA, on_cuda
 
     def run(self, canvases: Sequence[CanvasImage]) -> list[Candidates]:
-        """One answer per canvas, in order; all canvases have one canvas_size (see CanvasImage)."""
-        raise NotImplementedError
+        """One answer per canvas, in order; all canvases have one canvas_size."""
+        assert len({canvas.canvas_size for canvas in canvases}) == 1, "a batch holds canvases of one size"
+        try:
+            boxes, scores, labels = self._run_batch(canvases)
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            raise InferenceFailed.because(error) from error
+        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+            raise InferenceFailed("the network's answer is not finite")
+        return [Candidates(*row) for row in zip(boxes, scores, labels, strict=True)]
 
-    def warm_up(self) -> None:
-        """Run the common canvases once, so that the first real picture finds plans and memory made."""
-        raise NotImplementedError
+    def warm_up(self, max_batch_size: int = 1) -> None:
+        """Run blank canvases, so that the first real picture finds memory taken and plans made: one on the CPU; on CUDA
+        the common ones, alone and in the batches up to `max_batch_size` that get sessions of their own."""
+        if self.provider == CPU:
+            self.run([self._blank_canvas(COMMON_SIZES[1])])
+            return
+        batch_size = 1
+        while batch_size <= max_batch_size:
+            for size in COMMON_SIZES:
+                self.run([self._blank_canvas(size)] * batch_size)
+            batch_size *= 2
+
+    def _blank_canvas(self, size: tuple[int, int]) -> CanvasImage:
+        return to_canvas(np.zeros((*size, 3), np.uint8), self.metadata.resize)
 
     def detect(
         self,
@@ -66,10 +162,77 @@ class Detector:
         max_detections: int | None = None,
         label_ids: Collection[int] | None = None,
     ) -> Detections:
-        """The objects of one upright RGB picture, original pixels; None means the file's metadata decides."""
-        raise NotImplementedError
+        """The objects of one upright RGB picture, in its pixels; None means the file's metadata decides."""
+        metadata = self.metadata
+        canvas = to_canvas(image, metadata.resize)
+        [candidates] = self.run([canvas])
+        detections = suppress(
+            candidates,
+            score_threshold=metadata.score_threshold if score_threshold is None else score_threshold,
+            nms_threshold=metadata.nms_threshold if nms_threshold is None else nms_threshold,
+            max_detections=metadata.max_detections if max_detections is None else max_detections,
+            label_ids=label_ids,
+        )
+        return to_original(detections, canvas)
 
 
-def available_cores() -> int:
-    """Cores this process may use: affinity and cgroup quota, at least 1."""
-    raise NotImplementedError
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidModel(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _open_verified(path: Path, model: bytes, threads: int | None) -> ort.InferenceSession:
+    try:
+        session = open_on_cpu(model, threads)
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        raise InvalidModel(f"{path} {_what_is_wrong(_one_line(error))}") from error
+    if not _keeps_contract(session):
+        came = ", ".join(f"{node.name} {node.type} {node.shape}" for node in _inputs_and_outputs(session))
+        raise InvalidModel(f"{path} has {came}; a detector has {CONTRACT}")
+    return session
+
+
+def _metadata(path: Path, session: ort.InferenceSession) -> ModelMetadata:
+    try:
+        return ModelMetadata.from_props(session.get_modelmeta().custom_metadata_map)
+    except InvalidModel as error:
+        raise InvalidModel(f"{path}: {error}") from error
+
+
+def _inputs_and_outputs(session: ort.InferenceSession) -> list[Any]:
+    return [*session.get_inputs(), *session.get_outputs()]
+
+
+def _keeps_contract(session: ort.InferenceSession) -> bool:
+    """Names, types and ranks; the input's axes by name, since CUDA sessions fix them by name."""
+    found = {node.name: (node.type, node.shape) for node in _inputs_and_outputs(session)}
+    if list(found) != ["images", "sizes", "boxes", "scores", "labels"]:
+        return False
+    boxes_type, boxes_shape = found["boxes"]
+    return (
+        found["images"] == ("tensor(uint8)", ["batch", "height", "width", 3])
+        and found["sizes"] == ("tensor(int64)", ["batch", 2])
+        and (boxes_type, len(boxes_shape), boxes_shape[-1]) == ("tensor(float)", 3, 4)
+        and (found["scores"][0], len(found["scores"][1])) == ("tensor(float)", 2)
+        and (found["labels"][0], len(found["labels"][1])) == ("tensor(int64)", 2)
+    )
+
+
+def _what_is_wrong(message: str) -> str:
+    if "external data" in message.lower() or "external tensors" in message.lower():
+        return "keeps weights in another file (external data): export it as one file"
+    if "is not a registered function/op" in message or "No opset import for domain" in message:
+        return f"has operators that ONNX Runtime does not know: {message}"
+    return f"cannot be loaded by ONNX Runtime: {message}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).split())
+
+
+def _kind(message: str) -> FailureKind:
+    if re.search(r"out of memory|failed to allocate|ALLOC_FAILED|bad_alloc|CUDA failure 2:", message, re.IGNORECASE):
+        return "oom"
+    return "cuda" if re.search(r"CUDA|CUDNN|CUBLAS", message) else "other"
