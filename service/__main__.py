@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse_settings(arguments)
     listener = start_logging(settings.log_format, settings.log_level)
     try:
-        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
             return runner.run(serve(settings))
     finally:
         listener.stop()
@@ -136,12 +136,12 @@ def build_service(settings: Settings) -> Service:
         metrics,
         sha256=settings.model_sha256,
         poll_seconds=settings.model_poll_seconds,
+        max_batch_size=settings.max_batch_size,
     )
     engine = Engine(
         store,
         metrics,
         queue_capacity=settings.queue_capacity,
-        max_batch_size=settings.max_batch_size,
         max_batch_delay_seconds=settings.max_batch_delay_seconds,
         decode_threads=settings.decode_threads or available_cores(),
         max_image_pixels=settings.max_image_pixels,

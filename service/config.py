@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="auto uses CUDA where it works and says so; cuda fails without it")
     threads: int | None = Field(None, ge=1, description="CPU threads of one inference [the cores available]")
     gpu_memory_limit_bytes: ByteSize | None = Field(
-        None, gt=0, description="ONNX Runtime's memory on the GPU [no limit]"
+        None, gt=0, description="GPU memory for sessions, an estimate's limit [12GiB]"
     )
 
     score_threshold: Share | None = Field(None, description="keep scores above it [the model file's]")

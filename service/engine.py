@@ -26,7 +26,6 @@ from service.store import LoadedModel, ModelStore
 
 logger = logging.getLogger(__name__)
 
-CUDA_BATCH_SIZE = 8
 FINISH_THREADS = 2
 FAILURES_BEFORE_SELF_TEST = 3
 
@@ -93,7 +92,6 @@ class Job:
     finish: Finish
     """Makes the answer, on a finish thread; its result is the future's."""
     future: "asyncio.Future[Any]"
-    max_batch_size: int
     canvas: CanvasImage | None = None
     cancelled: bool = False
 
@@ -105,6 +103,10 @@ class Job:
     def group(self) -> Hashable:
         assert self.canvas is not None
         return id(self.model), self.canvas.canvas_size
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.model.max_batch_size
 
     def settle(self, result: Any, error: BaseException | None = None) -> None:
         """Hand over the result or the error, from any thread."""
@@ -128,7 +130,6 @@ class Engine:
         metrics: Metrics,
         *,
         queue_capacity: int = 32,
-        max_batch_size: int | None = None,
         max_batch_delay_seconds: float = 0,
         decode_threads: int = 1,
         max_image_pixels: int = 50_000_000,
@@ -138,7 +139,6 @@ class Engine:
             self._run, self._deliver, capacity=queue_capacity, max_delay_seconds=max_batch_delay_seconds
         )
         self._metrics = metrics
-        self._max_batch_size = max_batch_size
         self._max_image_pixels = max_image_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, "decode")
         self._finishers = ThreadPoolExecutor(FINISH_THREADS, "finish")
@@ -166,9 +166,8 @@ class Engine:
         self.batcher.take_places(len(images), timeout_seconds)
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + timeout_seconds
-        max_batch_size = self._max_batch_size or (1 if model.on_cpu else CUDA_BATCH_SIZE)
         jobs = [
-            Job(data, model, options, deadline, watch.copy(), each_finish, loop.create_future(), max_batch_size)
+            Job(data, model, options, deadline, watch.copy(), each_finish, loop.create_future())
             for data, each_finish in zip(images, finish, strict=True)
         ]
         for job in jobs:

@@ -20,6 +20,8 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+CUDA_BATCH_SIZE = 8
+"""On a CPU a batch gains nothing: the default there is 1."""
 FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
 """Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
 
@@ -35,14 +37,11 @@ class LoadedModel:
     detector: Detector
     label_names: dict[int, str]
     label_ids: dict[str, int]
+    max_batch_size: int
 
     @property
     def name(self) -> str:
         return self.detector.metadata.name
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.detector.provider == "CPUExecutionProvider"
 
 
 class ModelStore:
@@ -54,12 +53,14 @@ class ModelStore:
         *,
         sha256: str | None = None,
         poll_seconds: float = 0,
+        max_batch_size: int | None = None,
     ) -> None:
         self._path = path
         self._open_detector = open_detector
         self._metrics = metrics
         self._sha256 = sha256
         self._poll_seconds = poll_seconds
+        self._max_batch_size = max_batch_size
         self._wake = threading.Event()
         self._reload_asked = False
         self._closing = False
@@ -95,13 +96,16 @@ class ModelStore:
         if self._sha256 is not None and detector.sha256 != self._sha256:
             raise InvalidModel(f"{self._path} has sha256 {detector.sha256}; {self._sha256} is asked for")
         opened = time.perf_counter()
-        detector.warm_up()
+        on_cpu = detector.provider == "CPUExecutionProvider"
+        max_batch_size = self._max_batch_size or (1 if on_cpu else CUDA_BATCH_SIZE)
+        detector.warm_up(max_batch_size)
         warmed = time.perf_counter()
         labels = detector.metadata.labels
         self.current = LoadedModel(
             detector,
             label_names={label.class_id: label.label for label in labels},
             label_ids={label.label: label.class_id for label in labels},
+            max_batch_size=max_batch_size,
         )
         self._report(detector, opened - started, warmed - opened)
 

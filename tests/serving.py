@@ -66,7 +66,7 @@ class FakeDetector:
         self.gate.set()
         self.metadata = ModelMetadata(self.name, self.labels, "none", resize=SMALL)
 
-    def warm_up(self) -> None:
+    def warm_up(self, max_batch_size: int = 1) -> None:
         pass
 
     def run(self, canvases: Sequence[CanvasImage]) -> list[Candidates]:
@@ -106,12 +106,11 @@ def serving(detector: FakeDetector, **settings: object) -> Iterator[Serving]:
     """uvicorn on a free port of this process, around a detector of yours."""
     values = Settings(port=0, model=Path("fake.onnx"), model_poll_seconds=0, **settings)  # type: ignore[arg-type]
     metrics = Metrics()
-    store = ModelStore(values.model, lambda path: detector, metrics)  # type: ignore[arg-type, return-value]
+    store = ModelStore(values.model, lambda path: detector, metrics, max_batch_size=values.max_batch_size)  # type: ignore[arg-type, return-value]
     engine = Engine(
         store,
         metrics,
         queue_capacity=values.queue_capacity,
-        max_batch_size=values.max_batch_size,
         max_batch_delay_seconds=values.max_batch_delay_seconds,
         decode_threads=2,
         max_image_pixels=values.max_image_pixels,

@@ -108,7 +108,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one_serving(path: Path, er
 
 def test_a_model_that_fails_its_warm_up_is_not_swapped_in(path: Path) -> None:
     class Cold(FakeDetector):
-        def warm_up(self) -> None:
+        def warm_up(self, max_batch_size: int = 1) -> None:
             raise InferenceFailed("made to fail")
 
     models: list[FakeDetector] = [Cold("cold"), FakeDetector("warm")]
