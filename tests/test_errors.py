@@ -1,0 +1,58 @@
+"""The table of problems is whole."""
+
+import pytest
+
+from model.detector import InferenceFailed
+from model.image import InvalidImage, TooManyPixels
+from service.batcher import QueueFull
+from service.errors import CODES, KINDS, OUTCOMES, Unauthorized, code_of, headers_of, problem_of
+from service.metrics import OUTCOMES as METRIC_OUTCOMES
+from service.schemas import Problem
+from service.store import NotReady
+from service.uploads import UploadsBusy
+
+CONTRACT = {
+    "malformed_request": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "upload_timeout": 408,
+    "body_too_large": 413, "too_many_pixels": 413, "unsupported_media_type": 415, "invalid_parameter": 422,
+    "invalid_image": 422, "overloaded": 429, "not_ready": 503, "deadline_exceeded": 504, "inference_failed": 500,
+}  # fmt: skip
+
+
+def test_the_codes_have_the_statuses_promised() -> None:
+    ours = {code: kind.status for code, kind in KINDS.items()}
+    assert ours == CONTRACT | {"internal_error": 500, "client_closed_request": 499}
+
+
+def test_every_status_has_one_outcome_that_the_metrics_know() -> None:
+    for kind in KINDS.values():
+        assert OUTCOMES[kind.status] == kind.outcome
+    assert set(OUTCOMES.values()) == set(METRIC_OUTCOMES)
+
+
+def test_every_exception_has_a_code_of_the_table() -> None:
+    assert set(CODES.values()) <= set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TooManyPixels("x"), "too_many_pixels"),
+        (InvalidImage("x"), "invalid_image"),
+        (KeyError("x"), "internal_error"),
+    ],
+)
+def test_the_nearest_class_decides(error: Exception, code: str) -> None:
+    assert code_of(error) == code
+
+
+def test_what_failed_inside_is_not_told_to_the_client() -> None:
+    for error in (InferenceFailed("secret path"), ZeroDivisionError("secret path")):
+        assert "secret" not in Problem.model_validate(problem_of(error, "id")).detail
+
+
+def test_who_may_try_again_is_told_when() -> None:
+    assert headers_of(QueueFull("x", 7)) == {"Retry-After": "7"}
+    assert int(headers_of(UploadsBusy("x"))["Retry-After"]) >= 1
+    assert int(headers_of(NotReady("x"))["Retry-After"]) >= 1
+    assert headers_of(Unauthorized("x")) == {"WWW-Authenticate": "Bearer"}
+    assert headers_of(InvalidImage("x")) == {}
