@@ -7,6 +7,6 @@ import urllib.request
 
 url = f"http://127.0.0.1:{os.environ.get('RETINASERVE_PORT', '8000')}/readyz"
 try:
-    urllib.request.urlopen(url, timeout=2).close()
+    urllib.request.urlopen(url, timeout=8).close()
 except (urllib.error.URLError, TimeoutError) as error:
     sys.exit(f"{url}: {error}")
