@@ -108,7 +108,7 @@ class Batcher(Generic[JobT, ResultT]):
     def take_places(self, count: int, timeout_seconds: float) -> None:
         """Take all `count` places or none. QueueFull: they are not free, or would not be served within the timeout.
 
-        With an empty queue nothing is refused for its expected wait: a wrong estimate must be able to correct itself.
+        An empty queue has no expected wait, so a wrong estimate is always corrected by a next run.
         """
         with self._changed:
             if self._places_taken + count > self.capacity:
@@ -116,7 +116,7 @@ class Batcher(Generic[JobT, ResultT]):
                     f"{self._places_taken} of {self.capacity} places in the queue are taken, {count} asked for",
                     self.retry_after_seconds,
                 )
-            if self._places_taken and self.expected_wait_seconds > timeout_seconds:
+            if self.expected_wait_seconds > timeout_seconds:
                 wait = f"the expected wait of {self.expected_wait_seconds:.1f} s"
                 raise QueueFull(f"{wait} exceeds the limit of {timeout_seconds:g} s", self.retry_after_seconds)
             self._places_taken += count

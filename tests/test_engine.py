@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -84,7 +83,7 @@ def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> 
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
         with connected(server) as leaving:
             send_image(leaving, picture())
-            server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 2)
+            server.wait_until(lambda: len(server.service.engine.batcher._waiting) == 1)
         server.wait_until(lambda: outcomes(server)["cancelled"] == 1)
         assert server.metric("retinaserve_queue_depth") == 1, "its place is free while the device still works"
         detector.gate.set()
@@ -233,7 +232,7 @@ def test_a_run_that_hangs_fails_the_liveness_probe() -> None:
 
 def test_a_swap_keeps_requests_in_flight_on_the_model_they_began_with() -> None:
     old, new = FakeDetector("old"), FakeDetector("new")
-    with serving(old) as server:
+    with serving(old, max_batch_size=8) as server:
         old.gate.clear()
         [waiting] = in_background(1, lambda: detect(server))
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
@@ -241,6 +240,9 @@ def test_a_swap_keeps_requests_in_flight_on_the_model_they_began_with() -> None:
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 3)
         server.service.store._open_detector = lambda path: new  # type: ignore[assignment, return-value]
         assert server.service.store.reload()
-        threading.Timer(0.05, old.gate.set).start()
-        assert detect(server).json()["model"]["name"] == "new"
+        [newer] = in_background(1, lambda: detect(server))
+        server.wait_until(lambda: len(server.service.engine.batcher._waiting) == 3)
+        old.gate.set()
+        assert newer.result().json()["model"]["name"] == "new"
+        assert (old.batches, new.batches) == ([1, 2], [1]), "one canvas, but never one batch of two models"
         assert [each.result().json()["model"]["name"] for each in (waiting, *queued)] == ["old"] * 3

@@ -135,6 +135,9 @@ def test_a_changed_file_is_loaded_by_itself_and_a_bad_one_is_tried_once(path: Pa
     wait_until(lambda: store.serving().name == "second")
     replace(path, "bad")
     wait_until(lambda: reloads(metrics) == (1, 1))
+    for _ in range(3):
+        wait_until_polled(store)
+    assert reloads(metrics) == (1, 1)
     path.unlink()
     replace(path, "third")
     wait_until(lambda: store.serving().name == "third")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from service.connections import DeadlineProtocol
+from service.uploads import MultipartImages
 from tests.serving import FakeDetector, Serving, picture, serving, wait_until
 
 HEAD = b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -60,10 +62,12 @@ def test_a_client_that_waits_for_100_continue_need_not_send_what_is_too_large(se
 
 
 def test_an_early_refusal_reaches_a_client_that_sends_its_whole_body_first(server: Serving) -> None:
-    body = b"\0" * (30 * 2**20)
-    response = server.client.post("/nowhere", content=body, headers={"Content-Type": "image/png"})
-    assert response.status_code == 404
-    assert response.headers["connection"] == "close"
+    size = 30 * 2**20
+    with connected(server) as connection:
+        connection.sendall(HEAD.replace(b"/detect", b"/nowhere") + b"Content-Length: %d\r\n\r\n" % size)
+        connection.sendall(b"\0" * size)
+        said = answer(connection)
+    assert b" 404 " in said and b"connection: close" in said and b"not_found" in said
 
 
 def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server: Serving) -> None:
@@ -92,8 +96,6 @@ def test_many_half_sent_uploads_do_not_keep_good_requests_from_being_served(serv
 
 
 def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.connections import DeadlineProtocol
-
     monkeypatch.setattr(DeadlineProtocol, "header_seconds", 0.3)
     with serving(FakeDetector()) as server, connected(server) as slow:
         slow.sendall(b"POST /detect HTTP/1.1\r\nHo")
@@ -108,9 +110,16 @@ def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPat
                 time.sleep(0.5)
 
 
-def test_a_multipart_body_is_the_same_however_it_is_cut() -> None:
-    from service.uploads import MultipartImages
+def test_so_is_one_that_is_slow_with_its_second_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeadlineProtocol, "header_seconds", 0.3)
+    with serving(FakeDetector()) as server, connected(server) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: server.metric("http_requests_total", method="GET", route="/healthz", status="200") == 1)
+        slow.sendall(b"GET /hea")
+        assert b"alive" in answer(slow)
 
+
+def test_a_multipart_body_is_the_same_however_it_is_cut() -> None:
     body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n\r\n--\r\n--b-\r\r\n--b--\r\n'
     for size in range(1, len(body) + 1):
         form = MultipartImages(b"b", max_images=1, max_image_bytes=100)
