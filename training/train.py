@@ -102,10 +102,10 @@ class _Run:
         set_learning_rate(state.optimiser, self.config, state.step)
         set_train_mode(state.network, self.config, state.step)
         losses = self._losses(state, batch)
-        if not math.isfinite(float(losses.total.detach())):
+        if not math.isfinite(losses.total.item()):
             raise TrainingDiverged(
-                f"step {state.step + 1}: classification loss {float(losses.classification):.4g}, box loss "
-                f"{float(losses.box):.4g}. The last good weights are in {self.out / 'last.pt'}; "
+                f"step {state.step + 1}: classification loss {losses.classification.item():.4g}, box loss "
+                f"{losses.box.item():.4g}. The last good weights are in {self.out / 'last.pt'}; "
                 f"a lower --learning-rate, more --warmup-steps or --gradient-clip may help."
             )
         state.optimiser.zero_grad(set_to_none=True)
@@ -158,7 +158,7 @@ class _Run:
         progress.update()
         if not _due(state.step, LOG_EVERY):
             return
-        classification, box = float(losses.classification.detach()), float(losses.box.detach())
+        classification, box = losses.classification.item(), losses.box.item()
         rate = state.optimiser.param_groups[0]["lr"]
         progress.set_postfix(cls=f"{classification:.3f}", box=f"{box:.3f}", lr=f"{rate:.1e}")
         entry = {
