@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -38,7 +38,7 @@ from service.schemas import (
     model_card,
     timing_ms,
 )
-from service.store import LoadedModel, ModelStore
+from service.store import LoadedModel, ModelStore, NotReady
 from service.uploads import ClientGone, Uploads
 
 MAX_BATCH_IMAGES = 16
@@ -311,14 +311,14 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         loaded = service.store.serving()
         return model_card(loaded, service.thresholds(loaded))
 
-    @app.get("/healthz", summary="Alive?", response_model=Status, responses={503: {"model": Status}})
+    @app.get("/healthz", summary="Alive?", responses=_problems("not_ready"))
     @app.head("/healthz", include_in_schema=False)
-    async def healthz() -> Response:
+    async def healthz() -> Status:
         return _status("alive", service.why_not_alive())
 
-    @app.get("/readyz", summary="Able to serve?", response_model=Status, responses={503: {"model": Status}})
+    @app.get("/readyz", summary="Able to serve?", responses=_problems("not_ready"))
     @app.head("/readyz", include_in_schema=False)
-    async def readyz() -> Response:
+    async def readyz() -> Status:
         return _status("ready", service.why_not_ready())
 
     @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
@@ -326,10 +326,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _status(good: str, why_not: str | None) -> Response:
-    if why_not is None:
-        return JSONResponse({"status": good})
-    return JSONResponse({"status": f"not {good}", "reason": why_not}, 503, {"Retry-After": "2"})
+def _status(good: str, why_not: str | None) -> Status:
+    if why_not is not None:
+        raise NotReady(why_not)
+    return Status(status=good)
 
 
 def _add_errors(app: FastAPI) -> None:

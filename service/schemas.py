@@ -155,7 +155,6 @@ class ModelCard(Strict):
 
 class Status(Strict):
     status: str
-    reason: str | None = None
 
 
 def timing_ms(detected: Detected) -> dict[str, float]:

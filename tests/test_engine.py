@@ -201,6 +201,7 @@ def test_a_lost_device_fails_the_liveness_probe_and_refuses_requests() -> None:
     with serving(FakeDetector(fault=lose)) as server:
         assert detect(server).status_code == 500
         assert server.client.get("/healthz").status_code == server.client.get("/readyz").status_code == 503
+        assert server.client.get("/healthz").json()["code"] == "not_ready"
         response = detect(server)
         assert (response.status_code, response.json()["code"]) == (503, "not_ready")
         assert "retry-after" in response.headers

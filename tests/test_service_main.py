@@ -1,6 +1,7 @@
 """The command, as a process of its own: start, signals, drain, reload, logs."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -121,6 +122,19 @@ def test_each_request_is_one_json_line_and_the_first_line_has_the_settings(tmp_p
     assert (bad["outcome"], bad["status"]) == ("invalid", 422)
     assert start["settings"]["queue_capacity"] == 32  # type: ignore[index]
     assert "geheim" not in server.log_path.read_text()
+
+
+def test_while_the_model_loads_it_is_alive_but_not_ready_and_can_be_stopped(tmp_path: Path) -> None:
+    never_read = tmp_path / "model.onnx"
+    os.mkfifo(never_read)
+    with server_process(tmp_path, "--drain-delay-seconds", "0", model_path=never_read, ready=False) as server:
+        wait_until(lambda: accepts(httpx.URL(server.url)))
+        assert (status(server, "/healthz"), status(server, "/readyz"), status(server, "/model")) == (200, 503, 503)
+        answer = detect(server)
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+        assert "retry-after" in answer.headers
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
 
 
 @pytest.mark.slow
