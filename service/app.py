@@ -25,12 +25,21 @@ from service.engine import DeadlineExceeded, Detected, Engine, Finish, Job, Opti
 from service.errors import CODES, KINDS, PROBLEM_MEDIA_TYPE, InvalidParameter, problem, problem_of
 from service.metrics import METHODS, OTHER_METHOD, UNMATCHED, Metrics, program_version
 from service.middleware import Linger, Observe, RequireKey, problem_response, record_of
+from service.openapi import (
+    BATCH_BODY,
+    EVERYWHERE,
+    MAX_BATCH_IMAGES,
+    ONE_IMAGE,
+    ONE_IMAGE_BODY,
+    PICTURE_ANSWER,
+    UPLOAD,
+    problems,
+)
 from service.schemas import (
     Answer,
     BatchAnswer,
     DetectQuery,
     ModelCard,
-    Problem,
     Status,
     Thresholds,
     answer,
@@ -41,12 +50,9 @@ from service.schemas import (
 from service.store import LoadedModel, ModelStore, NotReady
 from service.uploads import ClientGone, Uploads
 
-MAX_BATCH_IMAGES = 16
 SHOWN_LABELS = 20
 
 Value = TypeVar("Value", int, float)
-
-BINARY = {"type": "string", "format": "binary"}
 
 
 @dataclass
@@ -285,11 +291,9 @@ def _add_detection(app: FastAPI, service: Service) -> None:
         "/detect",
         summary="Detect objects in one image",
         response_model=Answer,
-        responses=_problems("malformed_request", "upload_timeout", "body_too_large", "unsupported_media_type",
-                            "invalid_image", "overloaded", "inference_failed", "not_ready", "deadline_exceeded")
-        | {200: {"content": {"image/png": {"schema": BINARY}, "image/jpeg": {"schema": BINARY}}}},
-        openapi_extra={"requestBody": _one_image_body()},
-    )  # fmt: skip
+        responses=problems(*ONE_IMAGE) | PICTURE_ANSWER,
+        openapi_extra={"requestBody": ONE_IMAGE_BODY},
+    )
     async def detect(request: Request, query: Annotated[DetectQuery, Query()]) -> Response:
         return await service.detect(request, query)
 
@@ -297,26 +301,30 @@ def _add_detection(app: FastAPI, service: Service) -> None:
         "/detect/batch",
         summary="Detect objects in up to 16 images",
         response_model=BatchAnswer,
-        responses=_problems("malformed_request", "upload_timeout", "body_too_large", "unsupported_media_type",
-                            "invalid_parameter", "overloaded", "not_ready"),
-        openapi_extra={"requestBody": _batch_body()},
-    )  # fmt: skip
+        responses=problems(*UPLOAD),
+        openapi_extra={"requestBody": BATCH_BODY},
+    )
     async def detect_batch(request: Request, query: Annotated[DetectQuery, Query()]) -> Response:
         return await service.detect_batch(request, query)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
-    @app.get("/model", summary="The model that serves", response_model=ModelCard, responses=_problems("not_ready"))
+    @app.get(
+        "/model",
+        summary="The model that serves",
+        response_model=ModelCard,
+        responses=problems("not_ready", *EVERYWHERE),
+    )
     async def model() -> ModelCard:
         loaded = service.store.serving()
         return model_card(loaded, service.thresholds(loaded))
 
-    @app.get("/healthz", summary="Alive?", responses=_problems("not_ready"))
+    @app.get("/healthz", summary="Alive?", responses=problems("not_ready", *EVERYWHERE))
     @app.head("/healthz", include_in_schema=False)
     async def healthz() -> Status:
         return _status("alive", service.why_not_alive())
 
-    @app.get("/readyz", summary="Able to serve?", responses=_problems("not_ready"))
+    @app.get("/readyz", summary="Able to serve?", responses=problems("not_ready", *EVERYWHERE))
     @app.head("/readyz", include_in_schema=False)
     async def readyz() -> Status:
         return _status("ready", service.why_not_ready())
@@ -398,45 +406,3 @@ def _statuses(path: str) -> tuple[int, ...]:
     if path.startswith("/detect"):
         return (200, *sorted({kind.status for kind in KINDS.values()} - {404, 405}))
     return 200, 401, 500, 503
-
-
-def _problems(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's answers for these codes, with an example each."""
-    answers: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
-        kind = KINDS[code]
-        answers[kind.status] = {
-            "model": Problem,
-            "description": f"{kind.title} (`{code}`)",
-            "content": {
-                PROBLEM_MEDIA_TYPE: {"example": problem(code, "what came and what is allowed", "2f1d7e0c6a5b")}
-            },
-        }
-    return answers
-
-
-def _one_image_body() -> dict[str, Any]:
-    form = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
-    base64 = {
-        "type": "object",
-        "required": ["image"],
-        "additionalProperties": False,
-        "properties": {"image": {"type": "string", "format": "byte"}},
-        "example": {"image": "/9j/4AAQSkZJRg…"},
-    }
-    raw = {"schema": BINARY}
-    return {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": form},
-            "image/*": raw,
-            "application/octet-stream": raw,
-            "application/json": {"schema": base64},
-        },
-    }
-
-
-def _batch_body() -> dict[str, Any]:
-    images = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_BATCH_IMAGES}
-    form = {"type": "object", "required": ["image"], "properties": {"image": images}}
-    return {"required": True, "content": {"multipart/form-data": {"schema": form}}}

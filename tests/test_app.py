@@ -227,6 +227,14 @@ def test_the_openapi_document_describes_every_route_with_examples(server: Servin
     bodies = document["paths"]["/detect"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"multipart/form-data", "image/*", "application/octet-stream", "application/json"}
     assert "examples" in document["components"]["schemas"]["Answer"]
+    answers = document["paths"]["/detect"]["post"]["responses"]
+    assert set(answers) == {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503", "504"}
+    assert set(answers["200"]["content"]) == {"application/json", "image/png", "image/jpeg"}
+    for status in set(answers) - {"200"}:
+        [(media_type, content)] = answers[status]["content"].items()
+        assert media_type == "application/problem+json" and content["examples"]
+    assert set(answers["413"]["content"][media_type]["examples"]) == {"body_too_large", "too_many_pixels"}
+    assert "Problem" in document["components"]["schemas"]
 
 
 def test_docs_can_be_switched_off() -> None:
