@@ -319,13 +319,13 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         loaded = service.store.serving()
         return model_card(loaded, service.thresholds(loaded))
 
-    @app.get("/healthz", summary="Alive?", responses=problems("not_ready", *EVERYWHERE))
     @app.head("/healthz", include_in_schema=False)
+    @app.get("/healthz", summary="Alive?", responses=problems("not_ready", *EVERYWHERE))
     async def healthz() -> Status:
         return _status("alive", service.why_not_alive())
 
-    @app.get("/readyz", summary="Able to serve?", responses=problems("not_ready", *EVERYWHERE))
     @app.head("/readyz", include_in_schema=False)
+    @app.get("/readyz", summary="Able to serve?", responses=problems("not_ready", *EVERYWHERE))
     async def readyz() -> Status:
         return _status("ready", service.why_not_ready())
 

@@ -8,12 +8,13 @@ MAX_BATCH_IMAGES = 16
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
+ONE_PIXEL_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
 BASE64 = {
     "type": "object",
     "required": ["image"],
     "additionalProperties": False,
     "properties": {"image": {"type": "string", "format": "byte"}},
-    "example": {"image": "/9j/4AAQSkZJRg…"},
+    "example": {"image": ONE_PIXEL_PNG},
 }
 IMAGES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_BATCH_IMAGES}
 FORM_OF_IMAGES = {"type": "object", "required": ["image"], "properties": {"image": IMAGES}}

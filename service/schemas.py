@@ -57,7 +57,9 @@ class DetectQuery(Strict):
         None, description="Per class drop the lower scoring of two boxes of a larger IoU. [0.5]"
     )
     max_detections: int | None = Field(None, ge=1, le=5000, description="Keep this many, the best. [300]")
-    label: list[str] = Field([], description="Keep these labels only; repeat it for several.")
+    label: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Keep these labels only; repeat it for several."
+    )
 
 
 class Box(Strict):
