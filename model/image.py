@@ -151,7 +151,6 @@ def _decode_with_pillow(image: Image.Image) -> Pixels:
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise InvalidImage("samples of 32 bits are not read: their range is unknown; send 8 or 16 bits")
-    image.info.pop("transparency", None)  # or convert() would spend the palette's entries on it
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 

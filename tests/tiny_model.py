@@ -162,7 +162,7 @@ def constants(label_ids: Sequence[int], seed: int) -> dict[str, object]:
         "label_ids": np.array(label_ids, np.int64),
         "centre": centre,
         "half_extent": np.array([-1, -1, 1, 1], np.float32) * np.float32(0.5 / GRID),
-        "twin": np.float32(0.95), "twin_score": np.float32(0.9),
+        "twin": np.float32(0.9), "twin_score": np.float32(0.9),
         "absent_boxes": [0, 0, 0, 0, absent, 0], "absent": [0, 0, 0, absent],
         "nearly_one": np.float32(0.999), "single": np.ones(1, np.float32),
     }  # fmt: skip
