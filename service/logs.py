@@ -4,6 +4,7 @@ A record's own values travel in `extra={"fields": {...}}`. Writing happens on a 
 reader of standard error cannot stall the event loop.
 """
 
+import contextlib
 import json
 import logging
 import queue
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from typing import Literal
 
+MAX_WAITING_LINES = 10_000
 LogFormat = Literal["auto", "json", "text"]
 
 
@@ -37,7 +39,11 @@ class TextLines(logging.Formatter):
 
 
 class Handover(QueueHandler):
-    """Passes records on as they are: within one process nothing needs to be made picklable."""
+    """Passes records on as they are; while nobody reads what is written, lines are lost rather than memory."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
@@ -53,7 +59,7 @@ def start_logging(log_format: LogFormat, level: str) -> QueueListener:
     handler = logging.StreamHandler(sys.stderr)
     text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextLines() if text else JsonLines())
-    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING_LINES)
     root = logging.getLogger()
     root.handlers = [Handover(records)]
     root.setLevel(level.upper())
