@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from model.detector import Detector
 from model.metadata import Label, ModelMetadata, ResizePolicy
 from model.types import Candidates, CanvasImage
 from service.__main__ import Server, uvicorn_config
@@ -87,7 +88,7 @@ class FakeDetector:
 class Serving:
     url: str
     service: Service
-    detector: FakeDetector
+    detector: FakeDetector | Detector
     client: httpx.Client
     """Knows the URL; one for all threads (making one takes 0.1 s)."""
 
@@ -102,7 +103,7 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(detector: FakeDetector, **settings: object) -> Iterator[Serving]:
+def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[Serving]:
     """uvicorn on a free port of this process, around a detector of yours."""
     values = Settings(port=0, model=Path("fake.onnx"), model_poll_seconds=0, **settings)  # type: ignore[arg-type]
     metrics = Metrics()
@@ -129,7 +130,8 @@ def serving(detector: FakeDetector, **settings: object) -> Iterator[Serving]:
         with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None), verify=False) as client:
             yield Serving(url, service, detector, client)
     finally:
-        detector.gate.set()
+        if isinstance(detector, FakeDetector):
+            detector.gate.set()
         server.should_exit = True
         thread.join(START_SECONDS)
         assert not thread.is_alive()

@@ -6,15 +6,19 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
+from model.detector import Detector
 from service.app import picture_wanted
 from service.errors import KINDS
 from service.schemas import Answer, BatchAnswer, ModelCard, Problem
 from tests.serving import FakeDetector, Serving, picture, serving
+from tests.tiny_model import write_tiny_model
 
 PNG = {"Content-Type": "image/png"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -57,6 +61,23 @@ def test_raw_bytes_multipart_and_base64_get_the_same_answer(server: Serving) -> 
     assert detection.box.model_dump() == {"xmin": 0, "ymin": 0, "xmax": 90, "ymax": 60}
     assert answers[0].image.model_dump() == {"width": 90, "height": 60}
     assert answers[0].model.name == "fake"
+
+
+def test_the_answer_is_the_detector_s_own(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny.onnx")
+    detector = Detector(tmp_path / "tiny.onnx", device="cpu")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (70, 110, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    expected = detector.detect(pixels, score_threshold=0.2, max_detections=5)
+    with serving(detector) as server:
+        query = {"score_threshold": 0.2, "max_detections": 5}
+        found = detect(server, content=buffer.getvalue(), headers=PNG, params=query).json()["detections"]
+    assert len(found) == len(expected) > 1
+    for detection, box, score, label in zip(found, expected.boxes, expected.scores, expected.labels, strict=True):
+        assert list(detection["box"].values()) == pytest.approx(box.tolist(), abs=1e-3)
+        assert (detection["class_id"], detection["score"]) == (label, pytest.approx(score, abs=1e-6))
 
 
 def test_the_stages_sum_to_the_total_and_server_timing_says_the_same(server: Serving) -> None:

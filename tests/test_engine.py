@@ -4,13 +4,15 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
-from model.detector import InferenceFailed
+from model.detector import Detector, InferenceFailed
 from model.types import CanvasImage
 from tests.serving import FakeDetector, Serving, picture, serving
+from tests.tiny_model import write_tiny_model
 
 PNG = {"Content-Type": "image/png"}
 
@@ -164,6 +166,14 @@ def test_one_image_that_fails_does_not_fail_its_neighbours() -> None:
         assert problem["code"] == "inference_failed" and "made to fail" not in json.dumps(problem)
         assert outcomes(server)["error"] == 1
         assert server.client.get("/healthz").status_code == 200
+
+
+def test_a_real_network_that_raises_fails_that_image_alone(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "faulty.onnx", fail_on_white=True)
+    with serving(Detector(tmp_path / "faulty.onnx", device="cpu"), max_batch_size=8) as server:
+        for colour, status in (((255, 255, 255), 500), ((9, 99, 199), 200)):
+            assert detect(server, picture(colour=colour)).status_code == status
+        assert server.metric("retinaserve_device_errors_total", kind="other") == 1
 
 
 @pytest.mark.parametrize("kind", ["oom", "cuda", "other"])
