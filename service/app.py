@@ -143,7 +143,8 @@ class Service:
                 max_pixels=self._settings.max_image_pixels,
                 picture_format=picture_format,
             )
-        [reply] = await self._answers(request, [image], model, options, [finish])
+        drawn = picture_format is not None
+        [reply] = await self._answers(request, [image], model, options, [finish], slow_finish=drawn)
         if isinstance(reply, BaseException):
             raise reply
         self._note(request, [reply])
@@ -177,11 +178,15 @@ class Service:
         model: LoadedModel,
         options: Options,
         finish: Sequence[Finish],
+        *,
+        slow_finish: bool = False,
     ) -> list[Any]:
         """A Reply or an exception for each image. QueueFull, ClientGone."""
         timeout = self._settings.request_timeout_seconds
         watch = record_of(request.scope).watch
-        jobs = self.engine.submit(images, model, options, finish, timeout_seconds=timeout, watch=watch)
+        jobs = self.engine.submit(
+            images, model, options, finish, timeout_seconds=timeout, watch=watch, slow_finish=slow_finish
+        )
         return await answers_of(jobs, request.receive, timeout, self.engine.cancel)
 
     def _note(self, request: Request, replies: Sequence[Reply]) -> None:

@@ -90,7 +90,8 @@ class Job:
     """time.monotonic() after which nobody waits."""
     watch: Stopwatch
     finish: Finish
-    """Makes the answer, on a finish thread; its result is the future's."""
+    """Makes the answer; its result is the future's."""
+    slow_finish: bool
     future: "asyncio.Future[Any]"
     canvas: CanvasImage | None = None
     cancelled: bool = False
@@ -150,24 +151,25 @@ class Engine:
 
     def close(self, timeout_seconds: float = 5) -> bool:
         """Finish what was admitted; False: the device is stuck."""
-        self._decoders.shutdown(cancel_futures=True)
         ended = self.batcher.close(timeout_seconds)
+        self._decoders.shutdown(cancel_futures=True)
         self._finishers.shutdown(wait=ended)
         return ended
 
     def submit(
         self, images: Sequence[bytearray], model: LoadedModel, options: Options, finish: Sequence[Finish], *,
-        timeout_seconds: float, watch: Stopwatch,
+        timeout_seconds: float, watch: Stopwatch, slow_finish: bool = False,
     ) -> list[Job]:  # fmt: skip
         """Admit all the images or none (QueueFull). Call on the event loop; each job's future has its answer.
 
+        A `slow_finish` runs where images are decoded: there it delays no other answer, and its backlog fills the queue.
         A future fails with InvalidImage, TooManyPixels or InferenceFailed; cancel jobs that nobody waits for.
         """
         self.batcher.take_places(len(images), timeout_seconds)
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + timeout_seconds
         jobs = [
-            Job(data, model, options, deadline, watch.copy(), each_finish, loop.create_future())
+            Job(data, model, options, deadline, watch.copy(), each_finish, slow_finish, loop.create_future())
             for data, each_finish in zip(images, finish, strict=True)
         ]
         for job in jobs:
@@ -252,11 +254,14 @@ class Engine:
         for job, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 job.settle(None, result)
-            elif not job.cancelled:
-                self._finishers.submit(self._finish, job, result)
+            else:
+                pool = self._decoders if job.slow_finish else self._finishers
+                pool.submit(self._finish, job, result)
 
     def _finish(self, job: Job, candidates: Candidates) -> None:
-        """On a finish thread."""
+        """On a finish thread, or on a decode thread."""
+        if job.gone:
+            return
         assert job.canvas is not None
         try:
             detections = conclude(candidates, job.canvas, job.options)
