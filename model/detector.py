@@ -29,6 +29,7 @@ from model.sessions import (
     has_cuda_build,
     open_on_cpu,
     open_on_cuda,
+    preload_cuda,
 )
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
@@ -115,7 +116,7 @@ class Detector:
         def open_session(shape: InputShape) -> ort.InferenceSession:
             return open_on_cuda(model, shape, memory_limit_bytes)
 
-        ort.preload_dlls()  # CUDA and cuDNN from the wheels beside ours; prints what it misses
+        preload_cuda()
         on_cuda = FixedShapes(open_session, weight_bytes=len(model), limit_bytes=memory_limit_bytes)
         try:
             on_cuda([self._blank_canvas(COMMON_SIZES[1])])

@@ -5,7 +5,9 @@ and makes all of them again when the shape changes; so each shape gets a session
 the next power of two to keep the shapes few.
 """
 
+import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,13 +124,18 @@ def open_on_cpu(model: bytes, threads: int | None = None) -> ort.InferenceSessio
     """Raises ONNX Runtime's own exceptions."""
     options = _options(threads or available_cores())
     options.enable_mem_pattern = False  # patterns are kept for each shape, and shapes vary
-    return ort.InferenceSession(model, options, providers=[CPU], enable_fallback=0)
+    return _open(model, options, [CPU])
+
+
+def preload_cuda() -> None:
+    """Load CUDA and cuDNN from the wheels installed beside ours, once, before the first session on CUDA."""
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; stdout belongs to results
+        ort.preload_dlls()
 
 
 def open_on_cuda(model: bytes, shape: InputShape, memory_limit_bytes: int) -> ort.InferenceSession:
     """A session for exactly this shape. DeviceUnavailable: CUDA cannot be used, or not for this model's operators."""
     options = _options(threads=1)
-    options.log_severity_level = 3  # a missing library is told on stderr only
     for name, size in shape._asdict().items():
         options.add_free_dimension_override_by_name(name, size)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -137,10 +144,9 @@ def open_on_cuda(model: bytes, shape: InputShape, memory_limit_bytes: int) -> or
         "cudnn_conv_algo_search": "HEURISTIC",  # the default tries all of them, for each new shape
         "gpu_mem_limit": str(memory_limit_bytes),
     }
-    # Without CPU in the list ONNX Runtime would add it all the same; `enable_fallback` is about failures at run time.
-    session = ort.InferenceSession(model, options, providers=[(CUDA, cuda), CPU], enable_fallback=0)
+    session = _open(model, options, [(CUDA, cuda), CPU])
     if session.get_providers()[0] != CUDA:
-        raise DeviceUnavailable("CUDA cannot be used: ONNX Runtime's own message on stderr says what it lacks")
+        raise DeviceUnavailable("ONNX Runtime's own message on stderr says what is missing")
     if misplaced := HEAVY_OPERATORS & operators_on(session, CPU):
         raise DeviceUnavailable(f"CUDA cannot run this model's {', '.join(sorted(misplaced))}")
     return session
@@ -155,6 +161,11 @@ def operators_on(session: ort.InferenceSession, provider: str) -> frozenset[str]
 def has_cuda_build() -> bool:
     """ONNX Runtime was built for CUDA; whether CUDA works here, only opening a session tells."""
     return CUDA in ort.get_available_providers()
+
+
+def _open(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+    # With `enable_fallback` a run that fails on CUDA would move the session to the CPU for good, and say so to stdout.
+    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
 def _options(threads: int) -> ort.SessionOptions:

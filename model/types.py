@@ -3,7 +3,8 @@
 bytes --decode_image--> RGB uint8 [H, W, 3] --to_canvas--> CanvasImage --Detector.run--> Candidates
       --suppress--> Detections (canvas pixels) --to_original--> Detections (original pixels)
 
-Boxes are xyxy float32; the frame (canvas or original pixels) is said by the function that returns them. Sizes are (height, width).
+Boxes are xyxy float32; the frame (canvas or original pixels) is said by the function that returns them. Sizes are
+(height, width).
 """
 
 from dataclasses import dataclass
