@@ -26,6 +26,19 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+demo-model: install data/shapes ## trains model/pretrained/shapes.onnx again: hours on a CPU; stop and start it as you like
+	$(BIN)/python -m training train --preset demo --data data/shapes --out runs/demo --resume
+	$(BIN)/python -m training export --model runs/demo/best.pt --out model/pretrained/shapes.onnx --name shapes
+
+data/shapes: | install
+	rm -rf $@.unfinished
+	$(BIN)/python -m training demo --out $@.unfinished --images 8000 --validation-images 500 --seed 0
+	mv $@.unfinished $@
+
+bench: install ## the benchmarks that BENCHMARKS.md holds; nothing else should run on the machine
+	$(BIN)/python -m tests.benchmarks.speed
+	$(BIN)/python -m tests.benchmarks.service
+
 docker-test: install ## builds the images and tests them with Compose, Prometheus and the proxy; needs a Docker engine
 	DOCKER_TEST=1 $(BIN)/python -m pytest -ra tests/test_docker.py
 

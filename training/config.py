@@ -135,7 +135,7 @@ PRESETS: dict[str, TrainConfig] = {
             crop_on_object=0.7,
             shuffle_channels=0.5,
         ),
-        steps=8000,
+        steps=2800,
         batch_size=8,
         checkpoint_every=100,
         evaluate_every=1000,

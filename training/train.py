@@ -51,7 +51,8 @@ class TrainState:
     """The moving average of the weights, or None."""
     optimiser: torch.optim.Optimizer
     step: int = 0
-    best_ap: float = -1.0
+    best: tuple[int, float] = (0, -1.0)
+    """Pictures and AP of the best evaluation: more pictures win over fewer, then the higher AP."""
 
 
 def train(
@@ -135,8 +136,8 @@ class _Run:
         predictor = Predictor(torch_run(detector), self.training_set.labels, self.config.resize)
         report = evaluate(predictor, self.validation_set, limit=limit)
         self._append({"step": state.step, "ap": report.ap, "ap50": report.ap50, "pictures": report.num_images})
-        if report.ap >= state.best_ap:
-            state.best_ap = report.ap
+        if (report.num_images, report.ap) >= state.best:
+            state.best = report.num_images, report.ap
             self.save(state, "best.pt", report)
         return report
 
@@ -147,10 +148,10 @@ class _Run:
             model=state.network.state_dict(),
             ema=None if state.averaged is None else state.averaged.state_dict(),
             step=state.step,
-            ap=None if report is None else report.ap,
+            ap=None if report is None or math.isnan(report.ap) else report.ap,
             data_set=str(self.training_set.annotation_file.parent.parent.name),
             training=self.notes,
-            optimiser={"state": state.optimiser.state_dict(), "best_ap": state.best_ap},
+            optimiser={"state": state.optimiser.state_dict(), "best": list(state.best)},
         )
         save_checkpoint(checkpoint, self.out / name)
 
@@ -259,7 +260,8 @@ def _restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, lab
         state.averaged.load_state_dict(dict(checkpoint.ema))
     state.optimiser.load_state_dict(checkpoint.optimiser["state"])
     state.step = checkpoint.step
-    state.best_ap = checkpoint.optimiser["best_ap"]
+    num_images, ap = checkpoint.optimiser["best"]
+    state.best = num_images, ap
     log.info("resumed at step %d", state.step)
 
 
