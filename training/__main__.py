@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_import(commands)
     _add_export(commands)
     return parser
 
@@ -71,6 +72,33 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt or FILE.onnx")
     parser.add_argument("--images", type=int, default=0, help="only the first N pictures; 0: all")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+
+
+def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(commands, "import", "make a checkpoint of torchvision's RetinaNet weights", import_weights)
+    parser.add_argument(
+        "--arch", choices=("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"), required=True, help="torchvision's"
+    )
+    parser.add_argument(
+        "--weights",
+        required=True,
+        metavar="coco|FILE.pth",
+        help="coco: torchvision's own, downloaded to its cache; or a state dict",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="CHECKPOINT.pt")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the columns: COCO's JSON (the categories; a column is an id), or text with a line for each "
+        "column, from column 0 on; needed where the weights are not for COCO's 91",
+    )
+    parser.add_argument(
+        "--norm-eps",
+        type=float,
+        metavar="X",
+        help="epsilon of the backbone's batch norm; default: 0 for torchvision's v1 COCO weights, else 1e-5",
+    )
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -130,6 +158,15 @@ def evaluate(options: argparse.Namespace) -> None:
         open_predictor(options.model, options.device), load_coco(options.data, "val"), limit=options.images
     )
     print(report.table())
+
+
+def import_weights(options: argparse.Namespace) -> None:
+    from training.checkpoint import save_checkpoint
+    from training.importing import import_weights as run_import
+
+    checkpoint = run_import(options.arch, options.weights, label_file=options.labels, norm_epsilon=options.norm_eps)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(checkpoint, options.out)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -1,0 +1,184 @@
+"""torchvision's RetinaNet weights -> a checkpoint of ours, which evaluates, exports and serves like any other.
+
+In:  the state dict of a `retinanet_resnet50_fpn` or `_v2`, from a file or by torchvision's own download and cache.
+     Both key layouts are read: in the older one the convolutions of heads and pyramid have no inner index.
+Out: the checkpoint; nothing is written before every name and shape fits.
+
+A column of the classification layer is a class id, as torchvision's training has it: column 0 is its background, whose
+score it reports like any other, and so do we. COCO's ids therefore come out unchanged, gaps included.
+
+The official v1 weights want a batch-norm epsilon of 0: they were trained before frozen batch norm had one.
+"""
+
+import json
+import logging
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_V2_Weights, RetinaNet_ResNet50_FPN_Weights
+
+from model.anchors import AnchorConfig
+from model.metadata import Label
+from model.retinanet import RetinaNet, RetinaNetConfig
+from training.checkpoint import Checkpoint
+from training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+COCO = "coco"
+"""Stands for torchvision's own weights, trained on COCO train2017, instead of a file."""
+NORM_EPSILON = 1e-5
+LOGITS_BIAS = "head.classification_head.cls_logits.bias"
+NAMED_PROBLEMS = 3
+"""Of weights that do not fit, how many are told by name."""
+
+
+class InvalidWeights(ValueError):
+    """The weights are not those of the architecture, or the labels are not those of the weights."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    model: RetinaNetConfig
+    published: Any
+    """torchvision's enum member of the COCO weights: URL, names of the columns, AP."""
+    published_epsilon: float
+
+    @property
+    def published_file(self) -> str:
+        return Path(urlparse(self.published.url).path).name
+
+
+ARCHITECTURES = {
+    "retinanet_resnet50_fpn": Architecture(
+        RetinaNetConfig(backbone_norm="frozen", p6_from="p5", anchors=AnchorConfig(stride="torchvision")),
+        RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+        published_epsilon=0.0,
+    ),
+    "retinanet_resnet50_fpn_v2": Architecture(
+        RetinaNetConfig(backbone_norm="batch", head_norm="group", anchors=AnchorConfig(stride="torchvision")),
+        RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
+        published_epsilon=NORM_EPSILON,
+    ),
+}
+
+
+def import_weights(
+    name: str, weights: str, *, label_file: Path | None = None, norm_epsilon: float | None = None
+) -> Checkpoint:
+    """Make a checkpoint of `weights` (COCO or a file's path) for one of ARCHITECTURES.
+
+    norm_epsilon  of the backbone's batch norm; None: 0 for the published v1 file, which is known by its name, else 1e-5
+    InvalidWeights: they cannot be had, or do not fit, or the labels do not fit them.
+    """
+    architecture = ARCHITECTURES[name]
+    is_published = weights == COCO or Path(weights).name == architecture.published_file
+    if norm_epsilon is None:
+        norm_epsilon = architecture.published_epsilon if is_published else NORM_EPSILON
+    config = replace(architecture.model, norm_epsilon=norm_epsilon)
+    state = renamed(_load(architecture, weights))
+    if config.backbone_norm == "frozen":  # it counts no batches; weights trained with live batch norm did
+        state = {key: value for key, value in state.items() if not key.endswith(".num_batches_tracked")}
+    num_columns = _check_fit(state, config, f"{weights} does not fit {name}")
+    labels = read_labels(label_file, num_columns) if label_file else _coco_labels(architecture, num_columns)
+    log.info("%s: %d columns, batch-norm epsilon %g", weights, num_columns, norm_epsilon)
+    return Checkpoint(
+        config=TrainConfig(model=config),
+        labels=labels,
+        model=state,
+        ap=architecture.published.meta["_metrics"]["COCO-val2017"]["box_map"] / 100 if is_published else None,
+        data_set="COCO train2017" if is_published else "",
+        training={"imported": f"{architecture.published_file if is_published else Path(weights).name} ({name})"},
+    )
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the names of the newer layout, from either."""
+    return {_renamed(key): value for key, value in state.items()}
+
+
+def _renamed(key: str) -> str:
+    key = re.sub(r"(\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2", key)
+    # the old heads were one flat sequence of convolutions and ReLUs: every second entry has weights
+    return re.sub(
+        r"^(head\.\w+\.conv)\.(\d)\.(weight|bias)$",
+        lambda found: f"{found[1]}.{int(found[2]) // 2}.0.{found[3]}",
+        key,
+    )
+
+
+def read_labels(file: Path, num_columns: int) -> tuple[Label, ...]:
+    """A name for every column, from one of two formats.
+
+    COCO's JSON: the `categories` name the columns of their ids; a column without one is called N/A.
+    Text: line n (from 0) names column n; there are as many lines as columns.
+    Repeated names are told apart by their column. InvalidWeights: the file is of neither kind, or does not fit.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        names = _category_names(json.loads(text), num_columns) if file.suffix == ".json" else text.splitlines()
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidWeights(f"{file} holds no labels: {error!r}") from error
+    if len(names) != num_columns:
+        raise InvalidWeights(f"{file} names {len(names)} columns, the weights have {num_columns} (column 0 included)")
+    return _labels(names)
+
+
+def _category_names(content: Any, num_columns: int) -> list[str]:
+    names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
+    return [names.get(column, "N/A") for column in range(max([num_columns, *(column + 1 for column in names)]))]
+
+
+def _coco_labels(architecture: Architecture, num_columns: int) -> tuple[Label, ...]:
+    names = architecture.published.meta["categories"]
+    if len(names) != num_columns:
+        raise InvalidWeights(f"the weights have {num_columns} columns, COCO {len(names)}: name them with --labels FILE")
+    return _labels(names)
+
+
+def _labels(names: Sequence[str]) -> tuple[Label, ...]:
+    count = Counter(names)
+    return tuple(Label(column, name if count[name] == 1 else f"{name} {column}") for column, name in enumerate(names))
+
+
+def _load(architecture: Architecture, weights: str) -> Mapping[str, Tensor]:
+    try:
+        if weights == COCO:
+            content = architecture.published.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        else:
+            content = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:
+        source = architecture.published.url if weights == COCO else weights
+        raise InvalidWeights(f"{source} cannot be read: {error}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InvalidWeights(f"{weights} is not a readable state dict: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InvalidWeights(f"{weights} is not a state dict: save model.state_dict(), and nothing around it")
+    return content
+
+
+def _check_fit(state: Mapping[str, Tensor], config: RetinaNetConfig, failure: str) -> int:
+    """The number of classes. InvalidWeights: a name or a shape is not the network's."""
+    if LOGITS_BIAS not in state:
+        raise InvalidWeights(f"{failure}: it lacks {LOGITS_BIAS}")
+    num_columns = max(1, state[LOGITS_BIAS].numel() // config.anchors.per_cell)
+    with torch.device("meta"):  # shapes without numbers
+        expected = RetinaNet(config, num_columns).state_dict()
+    problems = [f"it lacks {key}" for key in expected if key not in state]
+    problems += [f"it has {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - NAMED_PROBLEMS} more" if len(problems) > NAMED_PROBLEMS else ""
+        raise InvalidWeights(f"{failure}: {'; '.join(problems[:NAMED_PROBLEMS])}{more}")
+    return num_columns
