@@ -64,7 +64,7 @@ def export(checkpoint: Checkpoint, out: Path, *, name: str, precision: Precision
 
 
 def half_network(detector: CandidateDetector) -> CandidateDetector:
-    """A copy whose network computes in fp16; selection and decoding stay fp32: above 2,048, fp16 has only whole pixels."""
+    """A copy whose network computes in fp16. Selection and decoding stay fp32: above 2,048, fp16 knows no halves."""
     half = copy.deepcopy(detector)
     half.network.half()
     return half

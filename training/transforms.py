@@ -170,8 +170,9 @@ def _clip(
     top, left = corner
     moved = boxes - np.array([left, top, left, top], dtype=np.float32)
     limits = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)
-    clipped = np.clip(moved, 0, limits)
-    return clipped, _area(clipped) / np.maximum(_area(moved), np.float32(1e-6))
+    clipped = np.minimum(np.maximum(moved, np.float32(0)), limits)
+    visible: NDArray[np.float32] = _area(clipped) / np.maximum(_area(moved), np.float32(1e-6))
+    return clipped, visible
 
 
 def _area(boxes: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -102,9 +102,8 @@ def start_to_ready(model: Path) -> float:
 
 
 def machine() -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), ""
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
     return (
         f"{available_cores()} cores of {cpu}, Python {platform.python_version()}, "
@@ -134,7 +133,7 @@ def main() -> int:
     ready = statistics.median(start_to_ready(options.model) for _ in range(3))
     print(f"{machine()}; medians of {options.rounds} interleaved rounds, `python -m tests.benchmarks.speed`\n")
     print("| measured | result | reach |\n|---|---|---|")
-    print(f"| `POST /detect`, 1280×960 JPEG in, JSON out, over the bare session on the same canvas ({run * 1e3:.0f} ms) "
+    print(f"| `POST /detect`, 1280×960 JPEG in, JSON out, over the bare session on its canvas ({run * 1e3:.0f} ms) "
           f"| {post / run:.3f} | ≤ 1.25 |")  # fmt: skip
     print(f"| decode and resize of that JPEG, over Pillow's ({pillow * 1e3:.1f} ms) | {ours / pillow:.2f} | ≤ 0.6 |")
     print(f"| NMS of 5,000 candidates of which 1,700 pass 0.05 | {nms * 1e3:.2f} ms | ≤ 1 ms |")
