@@ -171,12 +171,13 @@ def _clip(
     moved = boxes - np.array([left, top, left, top], dtype=np.float32)
     limits = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)
     clipped = np.minimum(np.maximum(moved, np.float32(0)), limits)
-    visible: NDArray[np.float32] = _area(clipped) / np.maximum(_area(moved), np.float32(1e-6))
+    visible = np.divide(_area(clipped), np.maximum(_area(moved), 1e-6), dtype=np.float32)
     return clipped, visible
 
 
 def _area(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area: NDArray[np.float32] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return area
 
 
 def _map_boxes(target: Target, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Target:
