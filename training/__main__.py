@@ -21,13 +21,15 @@ USER_ERRORS = (InvalidCheckpoint, InvalidDataSet, InvalidModel, ValueError, OSEr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
     options = build_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
     except USER_ERRORS as error:
-        print(f"python -m training: error: {error}", file=sys.stderr)
+        text = " ".join(str(error).split())  # torch's messages have many lines
+        print(f"python -m training: error: {text}", file=sys.stderr)
         return 2
     return 0
 
@@ -106,7 +108,17 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt")
     parser.add_argument("--out", type=Path, required=True, help="FILE.onnx")
     parser.add_argument("--name", help="what /model and every answer call it; default: the file's stem")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="fp16 is for GPUs, int8 for CPUs with VNNI",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, help="int8: folder of a COCO-format data set, its train split is used"
+    )
+    parser.add_argument("--calibration-images", type=int, default=100, help="int8: pictures to take the ranges from")
+    parser.add_argument("--keep-predictors", action="store_true", help="int8: leave the two output layers in fp32")
 
 
 def _command(
@@ -171,10 +183,19 @@ def import_weights(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     from training.checkpoint import load_checkpoint
+    from training.export import Calibration
     from training.export import export as run_export
 
+    calibration = None
+    if options.calibration is not None:
+        data_set = load_coco(options.calibration, "train")
+        calibration = Calibration(data_set, options.calibration_images, options.keep_predictors)
     run_export(
-        load_checkpoint(options.model), options.out, name=options.name or options.out.stem, precision=options.precision
+        load_checkpoint(options.model),
+        options.out,
+        name=options.name or options.out.stem,
+        precision=options.precision,
+        calibration=calibration,
     )
 
 
