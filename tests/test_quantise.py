@@ -1,0 +1,76 @@
+"""int8 export: what is quantised, in which form, and that the file still detects."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from model.types import CanvasImage
+from training.checkpoint import Checkpoint
+from training.export import export
+from training.quantise import network_nodes, quantise
+
+
+def graph() -> onnx.ModelProto:
+    """A stem, an output layer under its own name, and an Add after it that belongs to box decoding."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "stem.weight": rng.normal(0, 0.5, (8, 3, 3, 3)),
+        "head.bbox_reg.weight": rng.normal(0, 0.5, (4, 8, 1, 1)),
+        "anchor": np.ones(1),
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["floats"], ["pixels"], "transpose", perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["pixels", "stem.weight"], ["features"], "stem", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["features"], ["active"], "relu"),
+        helper.make_node("Conv", ["active", "head.bbox_reg.weight"], ["deltas"], "predictor"),
+        helper.make_node("Add", ["deltas", "anchor"], ["boxes"], "decode"),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", "height", "width", 3])
+    sizes = helper.make_tensor_value_info("sizes", TensorProto.INT64, ["batch", 2])
+    boxes = helper.make_tensor_value_info("boxes", TensorProto.FLOAT, None)
+    initialisers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    made = helper.make_graph(nodes, "tiny", [images, sizes], [boxes], initialisers)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def canvases() -> list[CanvasImage]:
+    rng = np.random.default_rng(1)
+    return [CanvasImage(rng.integers(0, 256, (32, 64, 3), dtype=np.uint8), (32, 64), (32, 64)) for _ in range(4)]
+
+
+def test_the_network_is_what_the_convolutions_need_and_no_more() -> None:
+    assert [node.name for node in network_nodes(graph())] == ["cast", "transpose", "stem", "relu", "predictor"]
+
+
+def test_activations_are_uint8_and_weights_int8_for_each_output_channel() -> None:
+    quantised = quantise(graph(), canvases(), keep_predictors=False)
+    onnx.checker.check_model(quantised, full_check=True)
+    stored = {tensor.name: tensor for tensor in quantised.graph.initializer}
+    weights = stored["stem.weight_quantized"]
+    assert weights.data_type == TensorProto.INT8
+    assert list(stored["stem.weight_scale"].dims) == [8]
+    activations = [node for node in quantised.graph.node if node.op_type == "QuantizeLinear"]
+    assert activations
+    assert {stored[node.input[2]].data_type for node in activations} == {TensorProto.UINT8}
+
+
+def test_box_decoding_stays_fp32_and_so_do_the_predictors_if_asked() -> None:
+    def quantised_convolutions(keep_predictors: bool) -> set[str]:
+        model = quantise(graph(), canvases(), keep_predictors=keep_predictors)
+        makers = {output: node.op_type for node in model.graph.node for output in node.output}
+        assert makers["boxes"] == "Add"
+        convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+        return {node.name for node in convolutions if makers.get(node.input[1]) == "DequantizeLinear"}
+
+    assert quantised_convolutions(keep_predictors=False) == {"stem", "predictor"}
+    assert quantised_convolutions(keep_predictors=True) == {"stem"}
+
+
+def test_int8_without_pictures_to_calibrate_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--calibration"):
+        export(Checkpoint(None, (), {}), tmp_path / "a.onnx", name="a", precision="int8")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
