@@ -1,0 +1,40 @@
+"""The file that ships: it is what the README says, and it detects."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from model.detector import PRETRAINED, Detector
+from training.coco import load_coco
+from training.demo import draw_data_set
+from training.evaluate import evaluate, open_predictor
+
+MAX_BYTES = 12_000_000
+
+
+def test_the_shipped_file_is_small_and_says_how_it_was_made() -> None:
+    assert PRETRAINED.stat().st_size <= MAX_BYTES
+    metadata = Detector(PRETRAINED, device="cpu").metadata
+    assert metadata.name == "shapes"
+    assert {label.label for label in metadata.labels} >= {"circle", "square", "triangle"}
+    assert metadata.ap is not None
+    assert {"command", "commit", "steps", "weights"} <= set(metadata.training)
+    assert (metadata.resize.shorter_side, metadata.resize.longest_side) == (800, 1333)
+
+
+def test_the_shipped_file_is_opset_18_with_its_weights_inside() -> None:
+    model = onnx.load(PRETRAINED)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.slow
+def test_it_detects_shapes_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    draw_data_set(tmp_path, images=0, validation_images=24, seed=987, workers=1)
+    report = evaluate(open_predictor(PRETRAINED, "cpu"), load_coco(tmp_path, "val"), progress=False)
+    claimed = Detector(PRETRAINED, device="cpu").metadata.ap
+    assert claimed is not None
+    assert np.isfinite(report.ap)
+    assert report.ap > claimed - 0.1  # 24 pictures: the AP of as many validation pictures varies by some hundredths
