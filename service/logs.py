@@ -63,8 +63,9 @@ def start_logging(log_format: LogFormat, level: str) -> QueueListener:
     root = logging.getLogger()
     root.handlers = [Handover(records)]
     root.setLevel(level.upper())
-    for library in ("uvicorn", "uvicorn.error", "asyncio", "PIL"):
+    for library in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(library).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is its client's to know
     listener = QueueListener(records, handler)
     listener.start()
     return listener
