@@ -157,6 +157,7 @@ def server_process(
     model_path: Path | None = None,
     ready: bool = True,
     environment: dict[str, str] | None = None,
+    program: Sequence[str] = ("-m", "service"),
 ) -> Iterator[ServerProcess]:
     """`python -m service` on a free port, on a tiny model unless another is given. Killed at the end."""
     if model_path is None:
@@ -165,8 +166,7 @@ def server_process(
     log_path = Path(tempfile.mkstemp(".log", dir=folder)[1])
     command = [
         sys.executable,
-        "-m",
-        "service",
+        *program,
         "--model",
         str(model_path),
         "--port",

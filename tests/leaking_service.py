@@ -1,0 +1,39 @@
+"""The service with a leak put into it: what the soak test must find. python -m tests.leaking_service WHAT [FLAG…]"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+
+from service import __main__ as program
+from service import app, uploads
+
+kept: list[bytes] = []
+LEAKS: dict[str, Callable[[], object]] = {
+    "memory": lambda: kept.append(bytes(1500)),
+    "descriptors": lambda: os.dup(2),
+    "threads": lambda: threading.Thread(target=threading.Event().wait, daemon=True).start(),
+}
+
+
+class LeakingUploads(uploads.Uploads):
+    """Leaves something behind for each request, or for one in a hundred if it is not memory."""
+
+    leak = staticmethod(LEAKS[sys.argv[1]])
+    every = 1 if sys.argv[1] == "memory" else 100
+    count = 0
+
+    async def receive(
+        self, headers: Headers, receive: uploads.Receive, *, max_images: int = 1
+    ) -> tuple[list[bytearray], int]:
+        self.count += 1
+        if self.count % self.every == 0:
+            self.leak()
+        return await super().receive(headers, receive, max_images=max_images)
+
+
+if __name__ == "__main__":
+    app.Uploads = LeakingUploads  # type: ignore[attr-defined]
+    sys.exit(program.main(sys.argv[2:]))
