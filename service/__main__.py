@@ -7,6 +7,7 @@ short.
 """
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import logging
@@ -98,6 +99,7 @@ class Run:
         self._service.store.close()
         if not self._service.engine.close():
             logger.error("the device is stuck in an inference: leaving it behind")
+            atexit.register(os._exit, 0)  # ONNX Runtime aborts a process that ends by itself around a running inference
         if self._failure is not None:
             return failed(self._failure)
         logger.info("stopped")

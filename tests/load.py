@@ -9,9 +9,10 @@ import io
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
+from typing import Any
 
 import httpx
 import numpy as np
@@ -149,3 +150,15 @@ def constantly(clients: int, call: Callable[[int], object]) -> Iterator[None]:
     assert not any(thread.is_alive() for thread in threads), "a client hangs"
     if errors:
         raise errors[0]
+
+
+def agree(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> bool:
+    """The same detections in the same order, their scores and boxes apart by float noise at most."""
+
+    def names(detections: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+        return [(each["label"], each["class_id"]) for each in detections]
+
+    def numbers(detections: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        return [[each["score"], *each["box"].values()] for each in detections]
+
+    return names(found) == names(expected) and np.allclose(numbers(found), numbers(expected), rtol=0, atol=2e-3)

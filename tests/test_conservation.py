@@ -20,9 +20,9 @@ import httpx
 import pytest
 
 from service.errors import OUTCOMES
+from tests.faulty_models import write_slow_model
 from tests.load import PNG, Reply, Scrape, ask, blocks, connected, request_head
 from tests.serving import ServerProcess, server_process, wait_until
-from tests.slow_model import write_slow_model
 
 IMAGES = [blocks(100 + 10 * (number % 4), 90, number) for number in range(8)]
 CANCELLED = "cancelled"

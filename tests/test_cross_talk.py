@@ -3,17 +3,15 @@
 import itertools
 import json
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from tests.load import PNG, Reply, Scrape, ask, blocks
+from tests.load import PNG, Reply, Scrape, agree, ask, blocks
 from tests.serving import server_process
 from tests.tiny_model import SHAPES, write_tiny_model
 
@@ -68,17 +66,6 @@ def detections_of(reply: Reply) -> list[list[dict[str, Any]]]:
     return [each["detections"] for each in values.get("results", [values])]
 
 
-def same(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> bool:
-    """The same labels in the same order, numbers apart by float noise."""
-    if [each["label"] for each in found] != [each["label"] for each in expected]:
-        return False
-    return np.allclose(numbers(found), numbers(expected), rtol=0, atol=2e-3)
-
-
-def numbers(detections: Sequence[dict[str, Any]]) -> list[list[float]]:
-    return [[each["score"], *each["box"].values()] for each in detections]
-
-
 def test_each_of_500_concurrent_requests_gets_the_answer_it_gets_alone(tmp_path: Path) -> None:
     asked = questions(REQUESTS)
     write_tiny_model(tmp_path / "tiny.onnx")
@@ -98,6 +85,6 @@ def test_each_of_500_concurrent_requests_gets_the_answer_it_gets_alone(tmp_path:
     wrong = [
         number
         for number, (answers, expected) in enumerate(zip(together, alone, strict=True))
-        if len(answers) != len(expected) or not all(map(same, answers, expected))
+        if len(answers) != len(expected) or not all(map(agree, answers, expected))
     ]
     assert wrong == []

@@ -97,7 +97,8 @@ NAN_ON_BLACK = """
 """
 
 FAIL_ON_WHITE = """
-    darkest = ReduceMin<keepdims=0>(cell_colours)
+    darkest_each = ReduceMin<keepdims=0>(cell_colours, one_two)
+    darkest = ReduceMax<keepdims=0>(darkest_each)
     is_white = Greater(darkest, nearly_one)
     out_of_range = Cast<to=7>(is_white)
     factor = Gather(single, out_of_range)
