@@ -6,11 +6,8 @@ import torch
 
 from model.candidates import IMAGE_MEAN, IMAGE_STD, PRE_NMS_TOP_K, CandidateDetector, Normalise
 from model.metadata import Label
-from model.retinanet import RetinaNet, RetinaNetConfig
-
-TINY = RetinaNetConfig(
-    backbone="resnet18", backbone_width=0.25, backbone_norm="batch", fpn_channels=16, head_channels=16, head_convs=1
-)
+from model.retinanet import RetinaNet
+from tests.networks import TINY
 
 
 def build(num_classes: int, ids: list[int] | None = None) -> CandidateDetector:

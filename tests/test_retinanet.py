@@ -8,10 +8,8 @@ import torchvision
 
 from model.anchors import AnchorConfig
 from model.retinanet import RetinaNet, RetinaNetConfig, flatten_maps, prior_bias
+from tests.networks import TINY
 
-TINY = RetinaNetConfig(
-    backbone="resnet18", backbone_width=0.25, backbone_norm="batch", fpn_channels=16, head_channels=16, head_convs=1
-)
 TORCHVISION = {
     "": RetinaNetConfig(backbone_norm="batch", p6_from="p5", anchors=AnchorConfig(stride="torchvision")),
     "_v2": RetinaNetConfig(backbone_norm="batch", head_norm="group", anchors=AnchorConfig(stride="torchvision")),
