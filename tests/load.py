@@ -147,9 +147,9 @@ def constantly(clients: int, call: Callable[[int], object]) -> Iterator[None]:
         done.set()
         for thread in threads:
             thread.join(PATIENCE_SECONDS)
+        if errors:
+            raise errors[0]  # whatever else failed because of it
     assert not any(thread.is_alive() for thread in threads), "a client hangs"
-    if errors:
-        raise errors[0]
 
 
 def agree(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> bool:
