@@ -1,4 +1,4 @@
-"""The service with a leak put into it: what the soak test must find. python -m tests.leaking_service WHAT [FLAG…]"""
+"""The service with a leak put into it: what the soak test must find. python -m tests.leaking_service WHAT,… [FLAG…]"""
 
 import os
 import sys
@@ -19,18 +19,17 @@ LEAKS: dict[str, Callable[[], object]] = {
 
 
 class LeakingUploads(uploads.Uploads):
-    """Leaves something behind for each request, or for one in a hundred if it is not memory."""
+    """Leaves something behind: memory for each request, anything else for one in a hundred."""
 
-    leak = staticmethod(LEAKS[sys.argv[1]])
-    every = 1 if sys.argv[1] == "memory" else 100
     count = 0
 
     async def receive(
         self, headers: Headers, receive: uploads.Receive, *, max_images: int = 1
     ) -> tuple[list[bytearray], int]:
         self.count += 1
-        if self.count % self.every == 0:
-            self.leak()
+        for what in sys.argv[1].split(","):
+            if self.count % (1 if what == "memory" else 100) == 0:
+                LEAKS[what]()
         return await super().receive(headers, receive, max_images=max_images)
 
 

@@ -106,6 +106,20 @@ def connected(url: str) -> socket.socket:
     return socket.create_connection(address(url), timeout=PATIENCE_SECONDS)
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in taken]
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def request_head(length: int, path: str = "/detect", request_id: str = "") -> bytes:
     """The headers before a PNG of that many bytes."""
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}"]

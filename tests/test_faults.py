@@ -16,9 +16,8 @@ import pytest
 
 from model.sessions import has_cuda_build
 from tests.faulty_models import write_hanging_model, write_nan_model
-from tests.load import Scrape, agree, ask, blocks
+from tests.load import Scrape, agree, ask, blocks, free_ports, listens
 from tests.serving import picture, server_process, wait_until
-from tests.test_rolling_restart import free_ports, listens
 from tests.tiny_model import write_tiny_model
 
 WHITE = picture(colour=(255, 255, 255))

@@ -10,7 +10,6 @@ import csv
 import io
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.load import PNG, ask, blocks, constantly
+from tests.load import PNG, ask, blocks, constantly, free_ports, listens
 from tests.serving import ServerProcess, server_process, wait_until
 
 HAPROXY = shutil.which("haproxy") or shutil.which("/usr/sbin/haproxy")
@@ -58,12 +57,6 @@ backend replicas
 """
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in taken]
-
-
 class Proxy:
     def __init__(self, front: int, statistics: int) -> None:
         self.url = f"http://127.0.0.1:{front}"
@@ -91,14 +84,6 @@ def proxy(folder: Path, first: int, second: int) -> Iterator[Proxy]:
     finally:
         process.kill()
         process.wait()
-
-
-def listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port)).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 def counted(servers: Sequence[ServerProcess]) -> collections.Counter[str]:

@@ -22,9 +22,8 @@ import numpy as np
 from model.detector import Detector
 from model.image import decode_image, to_canvas
 from tests.faulty_models import write_slow_model
-from tests.load import address, ask, blocks, request_head
+from tests.load import address, ask, blocks, free_ports, listens, request_head
 from tests.serving import server_process, wait_until
-from tests.test_rolling_restart import free_ports, listens
 
 CLIENTS = (1, 8, 64)
 INFERENCE_SECONDS = 0.005
