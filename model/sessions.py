@@ -172,7 +172,6 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # an exception carries the same words
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The model is given as bytes, and weights outside them would be looked for in the working directory.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     return options
