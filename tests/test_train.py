@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(data: Pat
 
 @pytest.mark.slow
 def test_it_learns_to_find_rectangles(data: Path, tmp_path: Path) -> None:
-    config = replace(TINY, steps=60, checkpoint_every=1000)
+    config = replace(TINY, steps=120, checkpoint_every=1000)
     checkpoint = run(config, data, tmp_path / "run")
     assert checkpoint.ap is not None
     assert checkpoint.ap > 0.3
