@@ -10,42 +10,16 @@ Sources: Lin et al. 2017 (Focal Loss) §4 "Anchors"; Girshick 2015 (Fast R-CNN) 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from model.metadata import AnchorConfig
+
+__all__ = ["MAX_LOG_RATIO", "AnchorConfig", "Anchors", "cell_anchors", "decode_boxes", "encode_boxes", "grid_anchors"]
+
 MAX_LOG_RATIO = math.log(1000 / 16)
 """Bound of dw and dh, so that an untrained network cannot overflow exp()."""
-
-
-@dataclass(frozen=True)
-class AnchorConfig:
-    """Nine anchors per cell by default: three scales by three aspect ratios. Sizes are canvas pixels."""
-
-    base_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
-    """Side of the square anchor of each level, lowest level first."""
-    scales: tuple[float, ...] = (1, 2 ** (1 / 3), 2 ** (2 / 3))
-    aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
-    """Height over width."""
-    lowest_level: int = 3
-    """P3: its cells are 2**3 pixels apart."""
-    stride: Literal["exact", "torchvision"] = "exact"
-    """exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7, as its weights need it."""
-
-    def __post_init__(self) -> None:
-        lengths = (*self.base_sizes, *self.scales, *self.aspect_ratios)
-        if not (self.base_sizes and self.scales and self.aspect_ratios) or min(lengths) <= 0:
-            raise ValueError("anchors need base sizes, scales and aspect ratios, all above 0")
-
-    @property
-    def levels(self) -> range:
-        return range(self.lowest_level, self.lowest_level + len(self.base_sizes))
-
-    @property
-    def per_cell(self) -> int:
-        return len(self.scales) * len(self.aspect_ratios)
 
 
 def cell_anchors(base_size: float, scales: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:

@@ -9,7 +9,9 @@ The file is read once: what `sha256` names is what runs. CUDA is never left sile
 import hashlib
 import logging
 import re
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,8 +19,9 @@ import numpy as np
 import onnxruntime as ort
 
 from model.image import to_canvas, to_original
-from model.metadata import InvalidModel, ModelMetadata
+from model.metadata import InvalidModel, ModelMetadata, ResizePolicy
 from model.sessions import (
+    BYTES_PER_PIXEL,
     CPU,
     CUDA,
     AnyShape,
@@ -29,6 +32,7 @@ from model.sessions import (
     has_cuda_build,
     open_on_cpu,
     open_on_cuda,
+    padded_batch,
     preload_cuda,
 )
 from model.suppress import suppress
@@ -43,6 +47,8 @@ DEFAULT_GPU_MEMORY_BYTES = 12 * 2**30
 """Leaves a card of 16 GiB some air."""
 COMMON_SIZES = ((1200, 1200), (1200, 1600), (1600, 1200), (1200, 1800), (1800, 1200), (1080, 1920), (1920, 1080))
 """(height, width) of pictures whose canvases `warm_up` runs: 1:1, 4:3, 3:2, 16:9, both ways."""
+SHORT_RUN_SECONDS = 0.02
+"""On a CPU, beside runs shorter than this the pauses in which threads wake and Python works count."""
 CONTRACT = (
     "images uint8 [batch, height, width, 3] and sizes int64 [batch, 2] in, boxes float32 [batch, candidates, 4], "
     "scores float32 [batch, candidates] and labels int64 [batch, candidates] out"
@@ -75,7 +81,7 @@ STICKY_CUDA_ERRORS = frozenset({46, 100, 214, 220, 226, 700, 702, 709, 710, 714,
 
 
 class Detector:
-    """An open file. `run` is thread-safe; on CUDA callers queue up, so use one thread per device.
+    """An open file. `run` is thread-safe; on CUDA one batch runs at a time, another caller's is uploaded meanwhile.
 
     Raises InvalidModel and DeviceUnavailable when built, InferenceFailed from run, detect and warm_up.
     """
@@ -109,6 +115,9 @@ class Detector:
         self.metadata = _metadata(path, session)
         self.provider, self.fell_back = CPU, False
         self._run_batch: AnyShape | FixedShapes = AnyShape(session)
+        self._for_short_runs: Callable[[], ort.InferenceSession] | None = partial(
+            open_on_cpu, model, threads, short_runs=True
+        )
         if device != "cpu" and has_cuda_build():
             self._move_to_cuda(model, gpu_memory_limit_bytes or DEFAULT_GPU_MEMORY_BYTES)
 
@@ -117,9 +126,15 @@ class Detector:
             return open_on_cuda(model, shape, memory_limit_bytes)
 
         preload_cuda()
-        on_cuda = FixedShapes(open_session, weight_bytes=len(model), limit_bytes=memory_limit_bytes)
+        on_cuda = FixedShapes(
+            open_session,
+            memory="cuda",
+            weight_bytes=len(model),
+            limit_bytes=memory_limit_bytes,
+            bytes_per_pixel=BYTES_PER_PIXEL[self.metadata.precision],
+        )
         try:
-            on_cuda([self._blank_canvas(COMMON_SIZES[1])])
+            on_cuda([blank_canvas(COMMON_SIZES[1], self.metadata.resize)])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             if self.device_requested == "cuda":
                 raise DeviceUnavailable(f"{self.path} cannot run on CUDA: {_one_line(error)}") from error
@@ -127,6 +142,7 @@ class Detector:
             self.fell_back = True
         else:
             self.provider, self._run_batch = CUDA, on_cuda
+            self._for_short_runs = None
 
     def run(self, canvases: Sequence[CanvasImage]) -> list[Candidates]:
         """One answer per canvas, in order; all canvases have one canvas_size."""
@@ -140,19 +156,44 @@ class Detector:
         return [Candidates(*row) for row in zip(boxes, scores, labels, strict=True)]
 
     def warm_up(self, max_batch_size: int = 1) -> None:
-        """Run blank canvases, so that the first real picture finds memory taken and plans made: one on the CPU; on CUDA
-        the common ones, alone and in the batches up to `max_batch_size` that get sessions of their own."""
-        if self.provider == CPU:
-            self.run([self._blank_canvas(COMMON_SIZES[1])])
+        """Run blank canvases, so that the first real picture finds plans made: on the CPU a small one, and a whole
+        one where that takes little; on CUDA the common ones, alone and in the batches up to `max_batch_size` that get
+        sessions of their own, as many of them as the memory limit holds."""
+        if isinstance(self._run_batch, AnyShape):
+            self._warm_up_cpu(blank_canvas(COMMON_SIZES[1], self.metadata.resize))
             return
-        batch_size = 1
-        while batch_size <= max_batch_size:
-            for size in COMMON_SIZES:
-                self.run([self._blank_canvas(size)] * batch_size)
-            batch_size *= 2
+        batches = common_batches(self.metadata.resize, max_batch_size)
+        if without := sum(not self._warm(batch) for batch in batches):
+            logger.warning(
+                "%d of the %d common canvases and batch sizes have no room beside the others and will start slowly: "
+                "a larger gpu_memory_limit_bytes or a smaller max_batch_size helps",
+                without,
+                len(batches),
+            )
 
-    def _blank_canvas(self, size: tuple[int, int]) -> CanvasImage:
-        return to_canvas(np.zeros((*size, 3), np.uint8), self.metadata.resize)
+    def _warm_up_cpu(self, blank: CanvasImage) -> None:
+        """A quarter of the canvas tells what is broken; where it takes long, waiting for the whole would bring nothing.
+        Where it does not, the whole tells if runs are short, for which the session is opened anew."""
+        seconds = self._seconds(_quarter(blank, self.metadata.resize))
+        if seconds < 10 * SHORT_RUN_SECONDS:
+            seconds = min(self._seconds(blank) for _ in range(2))
+        if self._for_short_runs is not None and seconds < SHORT_RUN_SECONDS:
+            self._run_batch = AnyShape(self._for_short_runs())
+            self.run([blank])
+        self._for_short_runs = None  # it holds the file's bytes
+
+    def _seconds(self, canvas: CanvasImage) -> float:
+        started = time.perf_counter()
+        self.run([canvas])
+        return time.perf_counter() - started
+
+    def _warm(self, batch: Sequence[CanvasImage]) -> bool:
+        """False: there is no room for its session beside those that are open."""
+        assert isinstance(self._run_batch, FixedShapes)
+        if not self._run_batch.has_room(len(batch), *batch[0].canvas_size):
+            return False
+        self.run(batch)
+        return True
 
     def detect(
         self,
@@ -175,6 +216,24 @@ class Detector:
             label_ids=label_ids,
         )
         return to_original(detections, canvas)
+
+
+def blank_canvas(size: tuple[int, int], resize: ResizePolicy) -> CanvasImage:
+    """Of a black picture of this (height, width)."""
+    return to_canvas(np.zeros((*size, 3), np.uint8), resize)
+
+
+def _quarter(canvas: CanvasImage, resize: ResizePolicy) -> CanvasImage:
+    """A blank one of half the sides, in whole divisors."""
+    height, width = (max(1, side // 2 // resize.divisor) * resize.divisor for side in canvas.canvas_size)
+    return CanvasImage(np.zeros((height, width, 3), np.uint8), (height, width), (height, width))
+
+
+def common_batches(resize: ResizePolicy, max_batch_size: int) -> list[list[CanvasImage]]:
+    """Blank ones, small batches first: one for each common canvas and each number of images that gets a session."""
+    canvases = {canvas.canvas_size: canvas for canvas in (blank_canvas(size, resize) for size in COMMON_SIZES)}
+    batch_sizes = sorted({padded_batch(count) for count in range(1, max_batch_size + 1)})
+    return [[canvas] * min(count, max_batch_size) for count in batch_sizes for canvas in canvases.values()]
 
 
 def _read(path: Path) -> bytes:

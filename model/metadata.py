@@ -1,10 +1,11 @@
 """What an ONNX file says of itself: everything that evaluation and service must know beside the weights.
 
 `ModelMetadata` becomes the file's `metadata_props` (string to string, JSON where a value is not a plain string) and
-back. A file that lacks any of it, or is of another format version, is refused with `InvalidModel`.
+back. A file that lacks any of it (but LATER_FIELDS), or is of another format version, is refused with `InvalidModel`.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
@@ -15,6 +16,8 @@ FORMAT_VERSION = "1"
 KEY_PREFIX = "retinaserve."
 TEXT_FIELDS = ("name", "architecture", "precision", "data_set")
 """Stored as they are; all others as JSON."""
+LATER_FIELDS = ("anchors",)
+"""Files of this format version were written before there were any; where one is missing, the default holds."""
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -43,6 +46,35 @@ class ResizePolicy:
 
 
 @dataclass(frozen=True)
+class AnchorConfig:
+    """Nine anchors per cell by default: three scales by three aspect ratios. Sizes are canvas pixels."""
+
+    base_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    """Side of the square anchor of each level, lowest level first."""
+    scales: tuple[float, ...] = (1, 2 ** (1 / 3), 2 ** (2 / 3))
+    aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
+    """Height over width."""
+    lowest_level: int = 3
+    """P3: its cells are 2**3 pixels apart."""
+    stride: Literal["exact", "torchvision"] = "exact"
+    """exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7, as its weights need it."""
+
+    def __post_init__(self) -> None:
+        lengths = (*self.base_sizes, *self.scales, *self.aspect_ratios)
+        listed = self.base_sizes and self.scales and self.aspect_ratios
+        if not listed or not all(0 < length < math.inf for length in lengths):
+            raise ValueError("anchors need base sizes, scales and aspect ratios, all above 0")
+
+    @property
+    def levels(self) -> range:
+        return range(self.lowest_level, self.lowest_level + len(self.base_sizes))
+
+    @property
+    def per_cell(self) -> int:
+        return len(self.scales) * len(self.aspect_ratios)
+
+
+@dataclass(frozen=True)
 class ModelMetadata:
     name: str
     labels: tuple[Label, ...]
@@ -59,6 +91,8 @@ class ModelMetadata:
     """COCO AP@[.50:.95] of the checkpoint on the data set's validation split, 0 to 1; None if not known."""
     training: Mapping[str, str] = field(default_factory=dict)
     """How it was made, for people: command, seed, steps, seconds, commit."""
+    anchors: AnchorConfig | None = None
+    """What the boxes were decoded from, for people: the graph holds its own. None: the file is older than this."""
 
     def __post_init__(self) -> None:
         ids = [label.class_id for label in self.labels]
@@ -91,7 +125,8 @@ class ModelMetadata:
             raise InvalidModel("the file carries no retinaserve metadata: export it with `python -m training export`")
         if version != FORMAT_VERSION:
             raise InvalidModel(f"the file's format version is {version}; this program reads {FORMAT_VERSION}")
-        values = {entry.name: _value(props, entry.name) for entry in fields(ModelMetadata)}
+        names = [entry.name for entry in fields(ModelMetadata)]
+        values = {name: _value(props, name) for name in names if name not in LATER_FIELDS or KEY_PREFIX + name in props}
         try:
             return TypeAdapter(ModelMetadata).validate_python(values)
         except ValidationError as error:

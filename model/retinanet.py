@@ -1,25 +1,28 @@
 """RetinaNet: a backbone, a feature pyramid, and two small convolutional heads shared by every level.
 
+The same network with other values is the region proposal network on a pyramid (one class, `head="shared"`, levels
+P2 to P6), and what the pyramid is compared with: the top level alone, or levels without a top-down path.
+
 In:   normalised RGB images [N, 3, H, W]
 Out:  `LevelOutputs`, one pair of maps for each level; A anchors per cell, K classes Parameter names are
 torchvision's (`backbone.body`, `backbone.fpn.inner_blocks`, `head.classification_head.conv`, ...), so that its COCO
 checkpoints load with `strict=True`.
 
 Sources: Lin et al. 2017, Focal Loss for Dense Object Detection (RetinaNet, §4); Lin et al. 2017, Feature Pyramid
-Networks.
+Networks (§4.1 for proposals, §5.1 for the comparisons).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.anchors import AnchorConfig, Anchors
-from model.backbones import Backbone, NormKind, build_backbone
+from model.backbones import STAGE_LEVELS, Backbone, NormKind, build_backbone
 
 GROUPS = 32
 """Of GroupNorm in the heads, as torchvision's v2 has it; fewer where the head is narrower than 256."""
@@ -34,21 +37,46 @@ class RetinaNetConfig:
     backbone_norm: NormKind = "frozen"
     norm_epsilon: float = 1e-5
     fpn_channels: int = 256
-    p6_from: Literal["c5", "p5"] = "c5"
+    pyramid: Annotated[
+        Literal["fpn", "rough", "top"],
+        "rough: levels without the top-down path; top: P5 alone, with the anchors of every level",
+    ] = "fpn"
+    p6_from: Annotated[
+        Literal["c5", "p5", "pool"], "levels above P5: strided convolutions of C5 or P5; pool: every second cell of P5"
+    ] = "c5"
+    head: Annotated[
+        Literal["separate", "shared"],
+        "shared: both outputs are 1x1 convolutions of one subnet, as the region proposal network has it",
+    ] = "separate"
     head_channels: int = 256
     head_convs: int = 4
-    head_norm: Literal["none", "group"] = "none"
+    head_norm: Literal["none", "group", "batch"] = "none"
+    """batch: the convolutions are shared by all levels, but each level has batch norms of its own, because a level's
+    statistics are its own (as in EfficientDet, Tan et al. 2020)."""
     prior: float = 0.01
     """Probability of foreground that every anchor starts with (paper §3.3)."""
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
 
+    @property
+    def level_anchors(self) -> AnchorConfig:
+        """The anchors of the levels that the heads look at: all sizes on the top one for `top`."""
+        if self.pyramid != "top":
+            return self.anchors
+        first, top = self.anchors.base_sizes[0], STAGE_LEVELS[-1]
+        scales = tuple(size / first * scale for size in self.anchors.base_sizes for scale in self.anchors.scales)
+        return replace(self.anchors, base_sizes=(first,), scales=scales, lowest_level=top)
+
     def describe(self) -> str:
         width = "" if self.backbone_width == 1 else f"x{self.backbone_width:g}"
-        levels = self.anchors.levels
+        levels = self.level_anchors.levels
+        pyramid = {"fpn": "FPN", "rough": "rough pyramid", "top": "top level"}[self.pyramid]
         norm = "" if self.head_norm == "none" else f" {self.head_norm} norm"
+        head = "head" if self.head == "separate" else "shared head"
         return (
-            f"RetinaNet {self.backbone}{width} FPN({self.fpn_channels}, P{levels[0]}-P{levels[-1]} from {self.p6_from})"
-            f" head({self.head_convs}x{self.head_channels}{norm}) {self.anchors.per_cell} anchors"
+            f"RetinaNet {self.backbone}{width} {pyramid}({self.fpn_channels}, P{levels[0]}-P{levels[-1]} from "
+            f"{self.p6_from}) {head}({self.head_convs}x{self.head_channels}{norm}) "
+            f"{self.level_anchors.per_cell} anchors from {self.anchors.base_sizes[0]:g} to "
+            f"{self.anchors.base_sizes[-1]:g} px"
         )
 
 
@@ -95,17 +123,15 @@ class RetinaNet(nn.Module):
             norm=config.backbone_norm,
             norm_epsilon=config.norm_epsilon,
             pretrained=pretrained_backbone,
+            lowest_level=config.level_anchors.lowest_level,
         )
         self.backbone = BackboneWithPyramid(backbone, config)
         self.head = Heads(config, num_classes)
-        self.anchors = Anchors(config.anchors)
+        self.anchors = Anchors(config.level_anchors)
 
     def forward(self, images: Tensor) -> LevelOutputs:
-        levels = self.backbone(images)
-        return LevelOutputs(
-            [self.head.classification_head(level) for level in levels],
-            [self.head.regression_head(level) for level in levels],
-        )
+        levels = self.head.conv(self.backbone(images))
+        return LevelOutputs(self.head.classification_head(levels), self.head.regression_head(levels))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,17 +146,41 @@ class BackboneWithPyramid(nn.Module):
     def __init__(self, backbone: Backbone, config: RetinaNetConfig) -> None:
         super().__init__()
         self.body = backbone.body
-        self.fpn = FeaturePyramid(backbone.channels, config.fpn_channels, config.p6_from)
+        self.fpn = FeaturePyramid(
+            backbone.channels,
+            config.fpn_channels,
+            top_down=config.pyramid == "fpn",
+            extra_from=config.p6_from,
+            num_extra=config.level_anchors.levels[-1] - STAGE_LEVELS[-1],
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.fpn(list(self.body(images).values()))  # type: ignore[no-any-return]
 
 
 class FeaturePyramid(nn.Module):
-    """P3 to P5 by lateral connections and a top-down path; P6 and P7 by strided convolutions above them."""
+    """A level up to P5 for each of the backbone's maps, by lateral connections and a top-down path, and those above.
 
-    def __init__(self, in_channels: Sequence[int], channels: int, p6_from: Literal["c5", "p5"]) -> None:
+    P6 and P7 are strided convolutions (RetinaNet), or P6 is every second cell of P5 (Feature Pyramid Networks §4.1).
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        *,
+        top_down: bool,
+        extra_from: Literal["c5", "p5", "pool"],
+        num_extra: int,
+    ) -> None:
+        """num_extra: levels above P5. ValueError: they cannot be made from what they shall be made from."""
         super().__init__()
+        most = 1 if extra_from == "pool" else 2
+        if not 0 <= num_extra <= most:
+            raise ValueError(
+                f"a pyramid from {extra_from} ends at P5 to P{STAGE_LEVELS[-1] + most}, not at "
+                f"P{STAGE_LEVELS[-1] + num_extra}: give as many base sizes as it has levels"
+            )
         self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, channels, 1)) for c in in_channels)
         self.layer_blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)) for _ in in_channels
@@ -138,35 +188,55 @@ class FeaturePyramid(nn.Module):
         for conv in [*self.inner_blocks, *self.layer_blocks]:
             nn.init.kaiming_uniform_(conv[0].weight, a=1)
             _zero_bias(conv[0])
-        self.extra_blocks = P6P7(in_channels[-1] if p6_from == "c5" else channels, channels)
-        self.p6_from = p6_from
+        self.extra_blocks: nn.Module = EveryOtherCell()
+        if extra_from != "pool":
+            self.extra_blocks = P6P7(in_channels[-1] if extra_from == "c5" else channels, channels, num_extra)
+        self.top_down = top_down
+        self.extra_from = extra_from
+        self.num_extra = num_extra
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         laterals = [inner(feature) for inner, feature in zip(self.inner_blocks, features, strict=True)]
-        for lower in reversed(range(len(laterals) - 1)):
-            size = laterals[lower].shape[-2:]
-            laterals[lower] = laterals[lower] + F.interpolate(laterals[lower + 1], size=size, mode="nearest")
+        if self.top_down:
+            for lower in reversed(range(len(laterals) - 1)):
+                size = laterals[lower].shape[-2:]
+                laterals[lower] = laterals[lower] + F.interpolate(laterals[lower + 1], size=size, mode="nearest")
         pyramid = [layer(lateral) for layer, lateral in zip(self.layer_blocks, laterals, strict=True)]
-        return [*pyramid, *self.extra_blocks(features[-1] if self.p6_from == "c5" else pyramid[-1])]
+        if not self.num_extra:
+            return pyramid
+        return [*pyramid, *self.extra_blocks(features[-1] if self.extra_from == "c5" else pyramid[-1])]
 
 
-class P6P7(nn.Module):
-    def __init__(self, in_channels: int, channels: int) -> None:
+class P6P7(nn.Sequential):
+    """P6 alone, or P6 and P7, by convolutions of stride 2."""
+
+    def __init__(self, in_channels: int, channels: int, num_levels: int) -> None:
         super().__init__()
-        self.p6 = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        for conv in (self.p6, self.p7):
+        convs = [nn.Conv2d(c, channels, 3, stride=2, padding=1) for c in (in_channels, channels)[:num_levels]]
+        for name, conv in zip(("p6", "p7"), convs, strict=False):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             _zero_bias(conv)
+            self.add_module(name, conv)
 
-    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        p6 = self.p6(feature)
-        return p6, self.p7(F.relu(p6))
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        first, *more = self
+        levels = [first(feature)]
+        for conv in more:
+            levels.append(conv(F.relu(levels[-1])))
+        return levels
+
+
+class EveryOtherCell(nn.Module):
+    """P6 as Feature Pyramid Networks has it: P5 with stride 2, nothing learned."""
+
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        return [F.max_pool2d(feature, kernel_size=1, stride=2)]
 
 
 class Heads(nn.Module):
     def __init__(self, config: RetinaNetConfig, num_classes: int) -> None:
         super().__init__()
+        self.conv = _subnet(config) if config.head == "shared" else nn.Sequential()
         self.classification_head = ClassificationHead(config, num_classes)
         self.regression_head = RegressionHead(config)
 
@@ -174,8 +244,8 @@ class Heads(nn.Module):
 class ClassificationHead(nn.Module):
     def __init__(self, config: RetinaNetConfig, num_classes: int) -> None:
         super().__init__()
-        self.conv = _subnet(config)
-        self.cls_logits = nn.Conv2d(config.head_channels, config.anchors.per_cell * num_classes, 3, padding=1)
+        self.conv = _own_subnet(config)
+        self.cls_logits = _output_layer(config, config.level_anchors.per_cell * num_classes)
         self.reset_prior(config.prior)
 
     def reset_prior(self, prior: float) -> None:
@@ -184,20 +254,20 @@ class ClassificationHead(nn.Module):
         assert self.cls_logits.bias is not None
         nn.init.constant_(self.cls_logits.bias, prior_bias(prior))
 
-    def forward(self, level: Tensor) -> Tensor:
-        return self.cls_logits(self.conv(level))  # type: ignore[no-any-return]
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [self.cls_logits(level) for level in self.conv(levels)]
 
 
 class RegressionHead(nn.Module):
     def __init__(self, config: RetinaNetConfig) -> None:
         super().__init__()
-        self.conv = _subnet(config)
-        self.bbox_reg = nn.Conv2d(config.head_channels, config.anchors.per_cell * 4, 3, padding=1)
+        self.conv = _own_subnet(config)
+        self.bbox_reg = _output_layer(config, config.level_anchors.per_cell * 4)
         nn.init.normal_(self.bbox_reg.weight, std=0.01)
         _zero_bias(self.bbox_reg)
 
-    def forward(self, level: Tensor) -> Tensor:
-        return self.bbox_reg(self.conv(level))  # type: ignore[no-any-return]
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [self.bbox_reg(level) for level in self.conv(levels)]
 
 
 def prior_bias(prior: float) -> float:
@@ -210,17 +280,47 @@ def _zero_bias(conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.bias)
 
 
+class HeadLayer(nn.Sequential):
+    """Convolution, norm where there is one, ReLU, for the maps of every level: [N, channels, rows, columns] each."""
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        conv, *norm, relu = self
+        levels = [conv(level) for level in levels]
+        if norm:
+            each = norm[0] if isinstance(norm[0], nn.ModuleList) else norm * len(levels)
+            levels = [layer(level) for layer, level in zip(each, levels, strict=True)]
+        return [relu(level) for level in levels]
+
+
+def _output_layer(config: RetinaNetConfig, out_channels: int) -> nn.Conv2d:
+    kernel = 1 if config.head == "shared" else 3
+    return nn.Conv2d(config.head_channels, out_channels, kernel, padding=kernel // 2)
+
+
+def _own_subnet(config: RetinaNetConfig) -> nn.Sequential:
+    """The convolutions of one head; none where both heads share theirs."""
+    return nn.Sequential() if config.head == "shared" else _subnet(config)
+
+
 def _subnet(config: RetinaNetConfig) -> nn.Sequential:
     layers = []
     channels = config.fpn_channels
     for _ in range(config.head_convs):
         conv = nn.Conv2d(channels, config.head_channels, 3, padding=1, bias=config.head_norm == "none")
         nn.init.normal_(conv.weight, std=0.01)
-        norm = []
-        if config.head_norm == "group":
-            norm.append(nn.GroupNorm(min(GROUPS, config.head_channels // 8), config.head_channels))
-        else:
+        if config.head_norm == "none":
             _zero_bias(conv)
-        layers.append(nn.Sequential(conv, *norm, nn.ReLU(inplace=True)))
+        layers.append(HeadLayer(conv, *_head_norm(config), nn.ReLU(inplace=True)))
         channels = config.head_channels
     return nn.Sequential(*layers)
+
+
+def _head_norm(config: RetinaNetConfig) -> list[nn.Module]:
+    """As torchvision's v2 has it in a `group` head; one for each level in a `batch` head."""
+    match config.head_norm:
+        case "group":
+            return [nn.GroupNorm(min(GROUPS, config.head_channels // 8), config.head_channels)]
+        case "batch":
+            return [nn.ModuleList(nn.BatchNorm2d(config.head_channels) for _ in config.level_anchors.levels)]
+        case "none":
+            return []

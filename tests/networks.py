@@ -14,8 +14,8 @@ from torchvision.ops import box_iou
 
 from model.candidates import IMAGE_MEAN, IMAGE_STD
 from model.metadata import Label, ResizePolicy
-from model.retinanet import RetinaNet, RetinaNetConfig
-from model.types import Detections, Pixels
+from model.retinanet import ClassificationHead, RegressionHead, RetinaNet, RetinaNetConfig
+from model.types import Candidates, Detections, Pixels
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 
@@ -32,6 +32,7 @@ PYRAMID: tuple[dict[int, str], ...] = (
 it answers, so that every level, few as its cells may be, has classes that it favours."""
 SPREAD = (1, 1.3, 1.8, 3, 9)
 """Standard deviation of each level's answer; in the heads the zeros around a small map damp it."""
+SAME_BOX_PX = 0.01
 PAIRS_PASSING = 400
 """(anchor, class) pairs of a picture above score 0.05, about."""
 
@@ -99,8 +100,10 @@ def _levels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _each(subnet: nn.Module, output: str, levels: Sequence[Tensor]) -> list[Tensor]:
-    layers = [subnet.get_submodule(name) for name in ("conv", output)]
-    return [layers[1](layers[0](level)).flatten() for level in levels]
+    convs, predictor = (subnet.get_submodule(name) for name in ("conv", output))
+    ours = isinstance(subnet, ClassificationHead | RegressionHead)  # whose layers take all levels at once
+    features = convs(list(levels)) if ours else [convs(level) for level in levels]
+    return [predictor(feature).flatten() for feature in features]
 
 
 def _rescale(layer: nn.Module, factor: float, at: float | None = None) -> None:
@@ -113,11 +116,18 @@ def _rescale(layer: nn.Module, factor: float, at: float | None = None) -> None:
 
 
 def missing(
-    wanted: Detections, found: Detections, *, score_tolerance: float, iou: float = 0.98, from_score: float = 0.1
+    wanted: Detections | Candidates,
+    found: Detections | Candidates,
+    *,
+    score_tolerance: float,
+    iou: float = 0.98,
+    from_score: float = 0.1,
 ) -> tuple[int, int]:
     """How many of `wanted` that score from `from_score` on have no counterpart, and how many those are."""
     sure = wanted.scores >= from_score
     overlap = box_iou(torch.from_numpy(wanted.boxes[sure]), torch.from_numpy(found.boxes)).numpy() >= iou
+    # a box that clipping left without area overlaps nothing, not even itself
+    overlap |= np.abs(wanted.boxes[sure, None] - found.boxes).max(axis=-1) <= SAME_BOX_PX
     same_label = wanted.labels[sure, None] == found.labels
     near = np.abs(wanted.scores[sure, None] - found.scores) <= score_tolerance
     return int((~(overlap & same_label & near).any(axis=1)).sum()), int(sure.sum())

@@ -1,6 +1,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,9 +11,9 @@ import pytest
 from onnx import TensorProto
 from tiny_model import SHAPES, SMALL, tiny_graph, write_tiny_model
 
-from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.detector import Detector, DeviceUnavailable, InferenceFailed, common_batches
 from model.image import to_canvas, to_original
-from model.metadata import InvalidModel, Label, ModelMetadata
+from model.metadata import InvalidModel, Label, ModelMetadata, ResizePolicy
 from model.sessions import has_cuda_build
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
@@ -241,7 +242,7 @@ def test_a_run_that_raises_is_a_failure_and_the_next_one_works(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny_model(tmp_path / "fails.onnx", fail_on_white=True)
-    detector = Detector(tmp_path / "fails.onnx")
+    detector = Detector(tmp_path / "fails.onnx", device="cpu")
     with pytest.raises(InferenceFailed, match="out of data bounds") as caught:
         detector.detect(np.full((60, 80, 3), 255, np.uint8))
     assert (caught.value.kind, caught.value.fatal) == ("other", False)
@@ -288,6 +289,44 @@ def test_warming_up_twice_changes_no_answer(tiny: Detector) -> None:
     tiny.warm_up()
     tiny.warm_up(max_batch_size=8)
     assert_equal(tiny.detect(picture()), before)
+
+
+@pytest.mark.parametrize(("short_run_seconds", "opened_anew"), [(0.0, False), (1000.0, True)])
+def test_warming_up_opens_the_session_anew_where_its_runs_are_short(
+    tiny: Detector, monkeypatch: pytest.MonkeyPatch, short_run_seconds: float, opened_anew: bool
+) -> None:
+    """Short runs want threads that soon sleep."""
+    monkeypatch.setattr("model.detector.SHORT_RUN_SECONDS", short_run_seconds)
+    before, session = tiny.detect(picture()), tiny._run_batch
+    tiny.warm_up()
+    assert (tiny._run_batch is not session) == opened_anew
+    assert tiny._for_short_runs is None, "it would keep the file's bytes in memory"
+    assert_equal(tiny.detect(picture()), before)
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(1.0, [(384, 544)]), (0.1, [(384, 544), (800, 1088), (800, 1088)])])
+def test_on_a_cpu_a_quarter_of_a_canvas_warms_a_network_that_takes_long(
+    tiny: Detector, monkeypatch: pytest.MonkeyPatch, seconds: float, sizes: list[tuple[int, int]]
+) -> None:
+    ran: list[tuple[int, int]] = []
+
+    def run_for(canvas: CanvasImage) -> float:
+        ran.append(canvas.canvas_size)
+        return seconds
+
+    monkeypatch.setattr(tiny, "metadata", replace(tiny.metadata, resize=ResizePolicy()))
+    monkeypatch.setattr(tiny, "_seconds", run_for)
+    tiny.warm_up()
+    assert ran == sizes
+
+
+def test_what_is_warmed_is_each_common_canvas_in_each_batch_that_gets_a_session() -> None:
+    batches = common_batches(ResizePolicy(), max_batch_size=6)
+    sizes = [batch[0].canvas_size for batch in batches]
+    assert [len(batch) for batch in batches] == [1] * 7 + [2] * 7 + [4] * 7 + [6] * 7
+    assert sizes[:7] == [(800, 800), (800, 1088), (1088, 800), (800, 1216), (1216, 800), (768, 1344), (1344, 768)]
+    assert sizes == sizes[:7] * 4
+    assert len(common_batches(ResizePolicy(), max_batch_size=1)) == 7
 
 
 # CUDA: run where there is a GPU build of ONNX Runtime; with one and no GPU, `auto` must fall back and say so

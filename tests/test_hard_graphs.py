@@ -12,7 +12,7 @@ from model.candidates import PRE_NMS_TOP_K
 from model.detector import Detector
 from model.image import to_canvas
 from model.types import CanvasImage
-from tests.networks import draw, tiny_checkpoint
+from tests.networks import TINY, draw, tiny_checkpoint
 from training.export import export
 
 pytestmark = pytest.mark.slow
@@ -31,6 +31,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     file = tmp_path_factory.mktemp("hard") / "detector.onnx"
     export(tiny_checkpoint(request.param), file, name="hard")
     yield Case(request.param, file, Detector(file, device="cpu"))
+
+
+def test_the_file_says_what_its_anchors_are(case: Case) -> None:
+    assert case.detector.metadata.anchors == TINY.anchors
 
 
 def test_the_graph_is_one_valid_file_with_named_axes(case: Case) -> None:

@@ -12,7 +12,7 @@ from tiny_model import write_tiny_model
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "service", "training")
 WITH_TORCH = {"model/anchors.py", "model/backbones.py", "model/retinanet.py", "model/candidates.py"}
-HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "pycocotools", "matplotlib")
+HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "pycocotools", "matplotlib", "tensorboard")
 """What the service does not install."""
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.metadata import InvalidModel, Label, ModelMetadata, ResizePolicy
+from model.metadata import LATER_FIELDS, AnchorConfig, InvalidModel, Label, ModelMetadata, ResizePolicy
 
 FULL = ModelMetadata(
     name="shapes é",
@@ -17,6 +17,7 @@ FULL = ModelMetadata(
     data_set='"quoted", {braced}',
     ap=0.8125,
     training={"command": "python -m training train --seed 0", "steps": "9000"},
+    anchors=AnchorConfig((16, 32.5), (1,), (0.5, 1), lowest_level=2, stride="torchvision"),
 )
 LEAST = ModelMetadata(name="x", labels=(Label(0, "thing"),), architecture="")
 
@@ -37,12 +38,18 @@ def test_foreign_properties_are_left_alone() -> None:
     assert ModelMetadata.from_props(FULL.to_props() | {"author": "someone", "retinaserve.later": "{"}) == FULL
 
 
-@pytest.mark.parametrize("key", sorted(FULL.to_props()))
+@pytest.mark.parametrize("key", sorted(set(FULL.to_props()) - {f"retinaserve.{name}" for name in LATER_FIELDS}))
 def test_a_missing_property_is_named(key: str) -> None:
     props = FULL.to_props()
     del props[key]
     with pytest.raises(InvalidModel, match="no retinaserve metadata" if key.endswith("format_version") else key):
         ModelMetadata.from_props(props)
+
+
+def test_a_file_older_than_the_anchors_in_it_is_read() -> None:
+    props = FULL.to_props()
+    del props["retinaserve.anchors"]
+    assert ModelMetadata.from_props(props) == replace(FULL, anchors=None)
 
 
 def test_a_file_of_another_program_is_told_how_to_be_made() -> None:
@@ -77,6 +84,9 @@ def test_another_format_version_is_refused() -> None:
         ("ap", "NaN"),
         ("ap", '"high"'),
         ("training", "[]"),
+        ("anchors", '{"base_sizes": [0, 32]}'),
+        ("anchors", '{"base_sizes": [NaN]}'),
+        ("anchors", '{"base_sizes": ["wide"]}'),
     ],
 )
 def test_a_malformed_property_is_one_clear_line(name: str, value: str) -> None:

@@ -1,6 +1,7 @@
 """The network: shapes, initialisation, and torchvision's names."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ import torchvision
 from model.anchors import AnchorConfig
 from model.retinanet import RetinaNet, RetinaNetConfig, flatten_maps, prior_bias
 from tests.networks import TINY
+
+RPN = replace(TINY, head="shared", p6_from="pool", anchors=AnchorConfig(scales=(1,), lowest_level=2))
+"""The region proposal network's shape, small."""
 
 TORCHVISION = {
     "": RetinaNetConfig(backbone_norm="batch", p6_from="p5", anchors=AnchorConfig(stride="torchvision")),
@@ -60,3 +64,68 @@ def test_the_pyramid_takes_its_top_levels_from_where_it_is_told() -> None:
 def test_a_detector_without_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one class"):
         RetinaNet(TINY, 0)
+
+
+def test_a_batch_norm_head_shares_convolutions_but_keeps_each_levels_statistics() -> None:
+    network = RetinaNet(replace(TINY, head_norm="batch"), 5).train()
+    network(torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
+    layer = network.head.classification_head.conv[0]
+    assert isinstance(layer[0], torch.nn.Conv2d)
+    assert layer[0].bias is None
+    means = torch.stack([norm.running_mean for norm in layer[1]])
+    assert len(means) == 5
+    assert len(means.unique(dim=0)) == 5
+
+
+def test_a_pyramid_of_the_top_level_alone_has_the_anchors_of_every_level_there() -> None:
+    network = RetinaNet(replace(TINY, pyramid="top"), 5).eval()
+    outputs = network(torch.zeros(1, 3, 64, 96))
+    assert outputs.grids == [(2, 3)]
+    [found] = network.anchors((64, 96), outputs.grids)
+    every_level = RetinaNet(TINY, 5).anchors((64, 96), [(1, 1)] * 5)
+    assert sorted(found[:45].tolist()) == sorted(torch.cat(every_level).tolist())
+    assert "top level(16, P5-P5" in network.config.describe()
+
+
+def test_without_the_top_down_path_a_level_knows_nothing_of_those_above_it() -> None:
+    """Only P3 reads the lowest lateral layer; with the path it reads the highest one, too."""
+    readers = {}
+    for pyramid in ("fpn", "rough"):
+        network = RetinaNet(replace(TINY, pyramid=pyramid), 5).eval()
+        network.backbone(torch.rand(1, 3, 64, 96))[0].sum().backward()
+        grads = [block[0].weight.grad for block in network.backbone.fpn.inner_blocks]
+        readers[pyramid] = [grad is not None and bool(grad.any()) for grad in grads]
+    assert readers == {"fpn": [True, True, True], "rough": [True, False, False]}
+
+
+def test_the_rough_pyramid_has_the_levels_and_parameters_of_the_feature_pyramid() -> None:
+    rough, fpn = (RetinaNet(replace(TINY, pyramid=pyramid), 5) for pyramid in ("rough", "fpn"))
+    rough.load_state_dict(fpn.state_dict(), strict=True)
+    assert rough.eval()(torch.zeros(1, 3, 32, 64)).grids == [(4, 8), (2, 4), (1, 2), (1, 1), (1, 1)]
+
+
+def test_the_proposal_network_looks_at_p2_to_p6_through_one_shared_convolution() -> None:
+    network = RetinaNet(RPN, 1).eval()
+    outputs = network(torch.zeros(1, 3, 64, 96))
+    assert outputs.grids == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert [maps.shape[1] for maps in outputs.cls_logits] == [3] * 5
+    kernels = {name: tuple(p.shape[2:]) for name, p in network.head.named_parameters() if name.endswith("weight")}
+    assert kernels == {
+        "conv.0.0.weight": (3, 3),
+        "classification_head.cls_logits.weight": (1, 1),
+        "regression_head.bbox_reg.weight": (1, 1),
+    }
+
+
+def test_p6_of_the_proposal_network_is_every_second_cell_of_p5() -> None:
+    *_, p5, p6 = RetinaNet(RPN, 1).backbone(torch.rand(1, 3, 96, 160))
+    assert torch.equal(p6, p5[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "p6_from", "says"),
+    [((8.0, 16.0), "c5", "not at P4"), ((8.0,) * 6, "c5", "P5 to P7, not at P8"), ((8.0,) * 5, "pool", "not at P7")],
+)
+def test_a_pyramid_that_cannot_be_built_is_refused(sizes: tuple[float, ...], p6_from: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        RetinaNet(replace(TINY, p6_from=p6_from, anchors=AnchorConfig(base_sizes=sizes)), 1)
