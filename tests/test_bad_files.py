@@ -65,18 +65,37 @@ def flags() -> list[str]:
     return ["--device", "cpu", "--no-pretrained-backbone"] + [str(x) for k, v in values.items() for x in (f"--{k}", v)]
 
 
+NOTHING: list[list[dict[str, Any]]] = [
+    [],
+    [box(1, 200, 10, 30, 30), box(2, 10, 10, 0, 20), box(3, 5, 5, 20, -4)],
+]
+"""No annotations; boxes outside the picture or without area."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "annotations",
-    [[], [box(1, 200, 10, 30, 30), box(2, 10, 10, 0, 20), box(3, 5, 5, 20, -4)], [box(1, 10, 10, 40, 40)]],
-    ids=["none", "outside the picture or without area", "ids with gaps"],
-)
-def test_odd_annotations_train_and_evaluate(
+def test_ids_with_gaps_train_and_evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = data_set(tmp_path / "data", [box(1, 10, 10, 40, 40)])
+    assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *flags()]) == 0
+    assert main(["evaluate", "--data", str(data), "--model", str(tmp_path / "run" / "last.pt"), "--device", "cpu"]) == 0
+    assert "AP@[.50:.95]" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("annotations", NOTHING)
+def test_data_without_a_usable_box_cannot_be_learned_from(
     annotations: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = data_set(tmp_path / "data", annotations)
-    assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *flags()]) == 0
-    assert main(["evaluate", "--data", str(data), "--model", str(tmp_path / "run" / "last.pt"), "--device", "cpu"]) == 0
+    line = refusal(["train", "--data", data, "--out", tmp_path / "run", *flags()], capfd)
+    assert "has no objects, so there is nothing to learn from it" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("annotations", NOTHING)
+def test_data_without_a_usable_box_has_no_ap(
+    annotations: list[dict[str, Any]], checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = data_set(tmp_path, annotations)
+    assert main(["evaluate", "--data", str(data), "--model", str(checkpoint), "--device", "cpu"]) == 0
     assert "AP@[.50:.95]" in capfd.readouterr().out
 
 

@@ -101,3 +101,12 @@ def test_a_picture_that_cannot_be_read_or_has_another_size_is_named(tmp_path: Pa
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(data_set.pictures[0].file)
     with pytest.raises(InvalidDataSet, match="annotated as"):
         data_set.read(0)
+
+
+def test_a_class_agnostic_data_set_has_the_same_boxes_all_of_one_class(tmp_path: Path) -> None:
+    folder = write_data_set(tmp_path)
+    plain, agnostic = load_coco(folder, "train"), load_coco(folder, "train", class_agnostic=True)
+    assert agnostic.labels == (Label(1, "object"),)
+    assert [picture.target.columns.tolist() for picture in agnostic.pictures] == [[], [0]]
+    for one, other in zip(plain.pictures, agnostic.pictures, strict=True):
+        assert one.target.boxes.tolist() == other.target.boxes.tolist()

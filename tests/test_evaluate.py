@@ -1,6 +1,7 @@
 """AP through our code, against pycocotools on the same results and against detectors whose AP is known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from model.image import resized_size
 from model.metadata import Label, ResizePolicy
 from model.types import Candidates, CanvasImage, Detections
-from training.coco import CocoDataSet, InvalidDataSet, load_coco
-from training.evaluate import Predictor, average_precision, coco_results, evaluate
+from training.coco import CocoDataSet, InvalidDataSet, load_coco, without_classes
+from training.evaluate import Predictor, average_precision, coco_results, evaluate, scaled
 
 LABELS = (Label(4, "cat"), Label(9, "dog"), Label(11, "absent"))
 RESIZE = ResizePolicy(shorter_side=64, longest_side=128)
@@ -122,3 +123,62 @@ def test_the_table_names_every_class(data_set: CocoDataSet) -> None:
     table = evaluate(oracle(data_set), data_set, progress=False).table()
     assert "AP@[.50:.95]" in table
     assert "AP cat" in table
+
+
+def detections(predictor: Predictor, data_set: CocoDataSet) -> list[NDArray[np.float32]]:
+    return [predictor(data_set.read(index)).boxes for index in range(3)]
+
+
+def test_an_image_pyramid_of_one_scale_is_the_plain_prediction(data_set: CocoDataSet) -> None:
+    plain = oracle(data_set)
+    pyramid = replace(plain, scales=(64,))
+    for one, other in zip(detections(plain, data_set), detections(pyramid, data_set), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_image_pyramid_finds_each_object_once_and_sees_every_scale(data_set: CocoDataSet) -> None:
+    sides = []
+    plain = oracle(data_set)
+
+    def run(canvases: list[CanvasImage]) -> list[Candidates]:
+        sides.append(canvases[0].size)
+        return plain.run(canvases)
+
+    pyramid = Predictor(run, LABELS, RESIZE, scales=(64, 96, 48))  # type: ignore[arg-type]
+    report = evaluate(pyramid, data_set, progress=False)
+    assert report.ap == pytest.approx(1.0)
+    assert sides[:3] == [(64, 85), (96, 128), (48, 64)]
+    for one, other in zip(detections(plain, data_set), detections(pyramid, data_set), strict=True):
+        assert len(one) == len(other)
+
+
+def test_the_bound_on_the_longer_side_grows_with_the_scale() -> None:
+    assert scaled(RESIZE, 64) == RESIZE
+    assert scaled(RESIZE, 96) == ResizePolicy(shorter_side=96, longest_side=192)
+
+
+def test_of_a_class_agnostic_data_set_a_model_of_one_label_finds_the_objects(data_set: CocoDataSet) -> None:
+    found = oracle(data_set)
+
+    def run(canvases: list[CanvasImage]) -> list[Candidates]:
+        return [replace(c, labels=np.ones_like(c.labels)) for c in found.run(canvases)]
+
+    predictor = Predictor(run, (Label(1, "object"),), RESIZE)  # type: ignore[arg-type]
+    report = evaluate(predictor, without_classes(data_set), progress=False)
+    assert report.ap == pytest.approx(1.0)
+    assert report.recall_1000 == pytest.approx(1.0)
+    assert list(report.per_class) == ["object"]
+    with pytest.raises(InvalidDataSet, match="the model knows 1 labels"):
+        evaluate(predictor, data_set, progress=False)
+
+
+def test_recall_at_1000_counts_what_comes_after_the_best_hundred(data_set: CocoDataSet) -> None:
+    results = []
+    for picture in data_set.pictures:
+        wrong = np.tile(np.float32([0, 0, 1, 1]), (100, 1))
+        boxes = np.concatenate([wrong, picture.target.boxes])
+        scores = np.linspace(1, 0.5, len(boxes), dtype=np.float32)
+        results += coco_results(picture.image_id, Detections(boxes, scores, np.full(len(boxes), 4)))
+    report = average_precision(data_set.annotation_file, results, range(12), class_agnostic=True)
+    assert report.recall_100 == 0
+    assert report.recall_1000 == pytest.approx(1.0)

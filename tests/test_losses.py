@@ -10,13 +10,16 @@ from torchvision.ops import sigmoid_focal_loss
 from model.anchors import AnchorConfig, encode_boxes
 from model.retinanet import Predictions, RetinaNet, RetinaNetConfig
 from training.config import LossConfig
-from training.losses import focal_loss, retinanet_losses
+from training.focal import focal_loss_sum
+from training.losses import retinanet_losses
 from training.transforms import TensorTarget
 
 
 def focal_loss_of(probability: float, truth: float, alpha: float = 0.25, gamma: float = 2.0) -> float:
-    logit = torch.tensor(math.log(probability / (1 - probability)), dtype=torch.float64)
-    return focal_loss(logit, torch.tensor(truth, dtype=torch.float64), alpha=alpha, gamma=gamma).item()
+    logit = torch.tensor([[math.log(probability / (1 - probability))]], dtype=torch.float64)
+    positive = torch.zeros(int(truth), dtype=torch.int64)
+    ignored = torch.zeros(1, dtype=torch.bool)
+    return focal_loss_sum(logit, (positive, positive), ignored, alpha=alpha, gamma=gamma).item()
 
 
 @pytest.mark.parametrize(
@@ -35,18 +38,32 @@ def test_the_articles_scenarios_have_these_losses(probability: float, truth: flo
     assert focal_loss_of(probability, truth) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_with_gamma_0_and_no_alpha_it_is_plain_cross_entropy(truth: float) -> None:
+    entropy = -math.log(0.3 if truth else 0.7)
+    assert focal_loss_of(0.3, truth, alpha=-1, gamma=0) == pytest.approx(entropy)
+
+
 @pytest.mark.parametrize(("probability", "expected"), [(0.9, 0.10536), (0.1, 2.30259), (0.99, 0.01005)])
 def test_with_gamma_0_it_is_weighted_cross_entropy(probability: float, expected: float) -> None:
     assert 2 * focal_loss_of(probability, 1, alpha=0.5, gamma=0) == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_focal_loss_is_torchvisions() -> None:
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
+def test_the_focal_loss_and_its_gradient_are_torchvisions(gamma: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50, 7, generator=generator) * 5
-    truth = (torch.rand(50, 7, generator=generator) < 0.2).float()
-    torch.testing.assert_close(
-        focal_loss(logits, truth, alpha=0.25, gamma=2), sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2)
-    )
+    logits = (torch.randn(50, 7, generator=generator, dtype=torch.float64) * 15).requires_grad_()
+    ignored = torch.rand(50, generator=generator) < 0.2
+    rows = (~ignored).nonzero().squeeze(1)[::4]
+    columns = torch.randint(0, 7, rows.shape, generator=generator)
+    truth = torch.zeros_like(logits)
+    truth[rows, columns] = 1
+    expected = sigmoid_focal_loss(logits[~ignored], truth[~ignored], alpha=0.25, gamma=gamma, reduction="sum")
+    [expected_gradient] = torch.autograd.grad(3 * expected, logits)
+    loss = focal_loss_sum(logits, (rows, columns), ignored, alpha=0.25, gamma=gamma)
+    [gradient] = torch.autograd.grad(3 * loss, logits)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
 ANCHORS = torch.tensor([[0.0, 0, 10, 10], [100.0, 100, 120, 120], [0.0, 0, 10, 4.5]])
@@ -82,6 +99,28 @@ def test_the_loss_is_divided_by_the_positives_of_the_image_or_of_the_batch() -> 
     by_image = retinanet_losses(made, ANCHORS, [TARGET, EMPTY], LossConfig(normaliser="image"))
     by_batch = retinanet_losses(made, ANCHORS, [TARGET, EMPTY], LossConfig(normaliser="batch"))
     assert by_batch.classification.item() == pytest.approx(2 * by_image.classification.item())
+
+
+def test_only_the_sampled_anchors_add_loss_and_the_seed_says_which() -> None:
+    anchors = torch.cat([ANCHORS[:1], torch.arange(100.0, 500)[:, None] + torch.tensor([0.0, 0, 20, 20])])
+    made = Predictions(torch.linspace(-3, 3, 401).view(1, -1, 1), torch.zeros(1, 401, 4))
+    target = TensorTarget(TARGET.boxes, torch.tensor([0]), TARGET.ignored)
+    config = LossConfig(sampled_anchors=4, focal_gamma=0, focal_alpha=0.5)
+    sampled = [retinanet_losses(made, anchors, [target], config, seed=seed).classification for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    flat = Predictions(torch.zeros(1, 401, 1), made.bbox_regression)
+    four = retinanet_losses(flat, anchors, [target], config)
+    assert four.classification.item() == pytest.approx(4 * 0.5 * math.log(2))
+
+
+def test_anchors_across_the_border_add_loss_unless_they_are_ignored() -> None:
+    made, sizes = predictions(1), [(50, 50)]  # the second anchor lies outside
+    kept = retinanet_losses(made, ANCHORS, [TARGET], LossConfig(), sizes=sizes)
+    ignored = retinanet_losses(made, ANCHORS, [TARGET], LossConfig(border_anchors="ignored"), sizes=sizes)
+    background = 2 * 0.75 * 0.25 * math.log(2)
+    assert kept.classification.item() - ignored.classification.item() == pytest.approx(background)
+    with pytest.raises(ValueError, match="needs the sizes"):
+        retinanet_losses(made, ANCHORS, [TARGET], LossConfig(border_anchors="ignored"))
 
 
 def test_smooth_l1_turns_linear_at_one_ninth() -> None:

@@ -4,7 +4,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from training.matcher import BACKGROUND, IGNORED, match
+from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
 
 NONE = torch.zeros(0, 4)
 
@@ -62,3 +62,38 @@ def test_the_matches_are_torchvisions_on_random_boxes() -> None:
         theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(box_iou(boxes, anchors))
         ours = match(anchors, boxes, NONE, fg_iou_threshold=0.5, bg_iou_threshold=0.4)
         assert torch.equal(ours, theirs)
+
+
+def test_anchors_across_the_pictures_border_are_ignored_and_no_objects_best() -> None:
+    anchors = torch.tensor([[-1.0, 0, 9, 10], [0.0, 0, 10, 6], [50.0, 50, 60, 60], [55.0, 50, 65, 60]])
+    object_ = torch.tensor([[0.0, 0, 10, 10]])
+    found = match_inside(anchors, object_, NONE, (60, 60), fg_iou_threshold=0.7, bg_iou_threshold=0.3)
+    assert found.tolist() == [IGNORED, 0, BACKGROUND, IGNORED]
+
+
+def drawn(matches: torch.Tensor, seed: int) -> torch.Tensor:
+    return draw_anchors(matches, 256, 128, torch.Generator().manual_seed(seed))
+
+
+def counts(matches: torch.Tensor) -> tuple[int, int]:
+    return int((matches >= 0).sum()), int((matches == BACKGROUND).sum())
+
+
+def test_of_many_anchors_128_positive_and_128_background_ones_are_drawn() -> None:
+    matches = torch.cat([torch.arange(300), torch.full((5000,), BACKGROUND), torch.full((40,), IGNORED)])
+    kept = drawn(matches, seed=0)
+    assert counts(kept) == (128, 128)
+    assert torch.equal(kept[kept != IGNORED], matches[kept != IGNORED])
+    assert (kept[-40:] == IGNORED).all()
+
+
+def test_where_positives_are_few_background_fills_the_sample() -> None:
+    matches = torch.cat([torch.arange(3), torch.full((5000,), BACKGROUND)])
+    assert counts(drawn(matches, seed=0)) == (3, 253)
+    assert counts(drawn(matches[:10], seed=0)) == (3, 7)
+
+
+def test_the_seed_alone_decides_which_anchors_are_drawn() -> None:
+    matches = torch.full((5000,), BACKGROUND)
+    assert torch.equal(drawn(matches, seed=1), drawn(matches, seed=1))
+    assert not torch.equal(drawn(matches, seed=1), drawn(matches, seed=2))

@@ -58,6 +58,16 @@ def test_activations_are_uint8_and_weights_int8_for_each_output_channel() -> Non
     assert {stored[node.input[2]].data_type for node in activations} == {TensorProto.UINT8}
 
 
+def test_reduced_range_leaves_weights_that_cannot_saturate_without_vnni() -> None:
+    quantised = quantise(graph(), canvases(), keep_predictors=False, reduce_range=True)
+    weights = [
+        numpy_helper.to_array(each) for each in quantised.graph.initializer if each.data_type == TensorProto.INT8
+    ]
+    largest = max(int(np.abs(each.astype(int)).max()) for each in weights if each.ndim == 4)
+    assert largest <= 64
+    assert 2 * 255 * largest < 2**15
+
+
 def test_box_decoding_stays_fp32_and_so_do_the_predictors_if_asked() -> None:
     def quantised_convolutions(keep_predictors: bool) -> set[str]:
         model = quantise(graph(), canvases(), keep_predictors=keep_predictors)

@@ -32,6 +32,31 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert paper.loss.smooth_l1_beta == pytest.approx(1 / 3**2)
 
 
+def test_torchvisions_presets_are_its_references() -> None:
+    first, second = PRESETS["torchvision-v1"], PRESETS["torchvision-v2"]
+    for preset in (first, second):
+        assert [round(m * 26) for m in preset.optimiser.milestones] == [16, 22]
+        assert (preset.batch_size, preset.optimiser.reference_batch_size, preset.group_by_aspect) == (16, 16, True)
+        assert preset.model.anchors.stride == "torchvision"
+        assert (preset.loss.normaliser, preset.freeze_stages) == ("image", 2)
+    assert (first.optimiser.optimiser, first.optimiser.learning_rate) == ("sgd", 0.01)
+    assert (first.loss.box_loss, first.model.p6_from, first.model.backbone_norm) == ("l1", "p5", "frozen")
+    assert (second.optimiser.optimiser, second.optimiser.learning_rate) == ("adamw", 1e-4)
+    assert (second.optimiser.weight_decay, second.loss.box_loss, second.model.p6_from) == (0.05, "giou", "c5")
+    assert (second.model.head_norm, second.model.backbone_norm) == ("group", "batch")
+    assert second.augment.shorter_sides[0] == 480 and second.augment.shorter_sides[-1] == 800
+
+
+def test_detectron2s_preset_is_its_3x_schedule() -> None:
+    preset = PRESETS["detectron2-3x"]
+    assert preset.steps == 270_000
+    assert [round(m * preset.steps) for m in preset.optimiser.milestones] == [210_000, 250_000]
+    assert preset.augment.shorter_sides == (640, 672, 704, 736, 768, 800)
+    assert (preset.optimiser.warmup_steps, preset.optimiser.learning_rate, preset.batch_size) == (1000, 0.01, 16)
+    assert (preset.loss.box_loss, preset.loss.normaliser, preset.model.p6_from) == ("l1", "running", "c5")
+    assert preset.freeze_stages == 2
+
+
 def test_a_flag_overrides_its_value_wherever_it_lives() -> None:
     config = override(
         PRESETS["paper"],

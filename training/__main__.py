@@ -1,6 +1,7 @@
-"""`python -m training`: demo | train | evaluate | import | export.
+"""`python -m training`: demo | anchors | train | evaluate | import | export | article.
 
-Errors that a user can mend are one line on stderr and exit code 2.
+Errors that a user can mend are one line on stderr and exit code 2. A training that SIGTERM ends writes its checkpoint
+and exits with 143.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from model.metadata import InvalidModel
 from training.checkpoint import InvalidCheckpoint
 from training.coco import InvalidDataSet, load_coco
 from training.config import PRESETS, TrainConfig, add_flags, override
+from training.stopping import EXIT_CODE, Terminated
 
 USER_ERRORS = (InvalidCheckpoint, InvalidDataSet, InvalidModel, ValueError, OSError, RuntimeError)
 
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
+    except Terminated as stopped:
+        print(f"python -m training: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except USER_ERRORS as error:
         text = " ".join(str(error).split())  # torch's messages have many lines
         print(f"python -m training: error: {text}", file=sys.stderr)
@@ -40,10 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_anchors(commands)
     _add_train(commands)
     _add_evaluate(commands)
     _add_import(commands)
     _add_export(commands)
+    _add_article(commands)
     return parser
 
 
@@ -55,11 +63,25 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
 
 
+def _add_anchors(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(commands, "anchors", "whether a recipe's anchors fit a data set, and better ones", anchors)
+    parser.add_argument("--data", type=Path, required=True, help="folder of a COCO-format data set")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="whose objects")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="recipe; every value has a flag of its own")
+    add_flags(parser.add_argument_group("values of the preset"), TrainConfig)  # type: ignore[arg-type]
+
+
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = _command(commands, "train", "train RetinaNet on COCO-format data", train)
     parser.add_argument("--data", type=Path, required=True, help="folder of a COCO-format data set")
-    parser.add_argument("--out", type=Path, required=True, help="run folder: last.pt, best.pt, metrics.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="run folder: last.pt, best.pt, metrics.jsonl, report/")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="recipe; every value has a flag of its own")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT.pt",
+        help="start from its weights and architecture, with the data set's classes; `import` makes one of COCO's",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that load samples; 0: none")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
@@ -73,7 +95,27 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt or FILE.onnx")
     parser.add_argument("--images", type=int, default=0, help="only the first N pictures; 0: all")
+    parser.add_argument(
+        "--unreadable", choices=("stop", "skip"), default="stop", help="what a picture that cannot be read does"
+    )
+    parser.add_argument(
+        "--scales",
+        type=_sides,
+        default=(),
+        metavar="PX,PX,...",
+        help="shorter sides of an image pyramid, such as 600,800,1000; default: the model's own size alone",
+    )
+    parser.add_argument(
+        "--class-agnostic", action="store_true", help="what an object is called does not count, as of proposals"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    sides = text.split(",")
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sides above 0, such as 600,800,1000")
+    return tuple(int(side) for side in sides)
 
 
 def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -118,7 +160,32 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--calibration", type=Path, help="int8: folder of a COCO-format data set, its train split is used"
     )
     parser.add_argument("--calibration-images", type=int, default=100, help="int8: pictures to take the ranges from")
-    parser.add_argument("--keep-predictors", action="store_true", help="int8: leave the two output layers in fp32")
+    parser.add_argument(
+        "--quantise-predictors",
+        action="store_true",
+        help="int8: the two output layers too, which otherwise stay fp32: it costs much AP",
+    )
+    parser.add_argument(
+        "--reduce-range",
+        action="store_true",
+        help="int8: weights of 7 bits, for CPUs without VNNI (no vnni in /proc/cpuinfo): there 8 bits can saturate, "
+        "and less is won: measure speed and AP",
+    )
+
+
+def _add_article(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands, "article", "show the article's claims by small training runs, and write a page", article
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of a COCO-format data set")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs; repeated, the command goes on in it"
+    )
+    parser.add_argument("--page", type=Path, metavar="DIR", help="folder of ARTICLE.md and its plots; default: OUT")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="only these; default: all")
+    parser.add_argument("--steps", type=int, metavar="N", help="at most so many for each row, to try the command")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load samples; 0: none")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
 
 
 def _command(
@@ -140,36 +207,66 @@ def demo(options: argparse.Namespace) -> None:
     draw_data_set(options.out, images=options.images, validation_images=options.validation_images, seed=options.seed)
 
 
-def train(options: argparse.Namespace) -> None:
-    from training.evaluate import choose_device
-    from training.train import train as run_training
+def anchors(options: argparse.Namespace) -> None:
+    from training.anchor_fit import fit_anchors
 
     config = override(PRESETS[options.preset], vars(options))
-    report = run_training(
-        config,
-        load_coco(options.data, "train"),
-        load_coco(options.data, "val"),
-        options.out,
-        device=choose_device(options.device),
-        workers=options.workers,
-        resume=options.resume,
-        notes={
-            "command": "python -m training " + shlex.join(sys.argv[1:]),
-            "commit": current_commit(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
-    )
-    print(report.table())
+    data_set = load_coco(options.data, options.split)
+    print(fit_anchors(data_set, config.resize, config.model.level_anchors, config.loss).table())
+
+
+def train(options: argparse.Namespace) -> None:
+    from training.checkpoint import load_checkpoint
+    from training.distributed import joined, local_device
+    from training.evaluate import choose_device
+    from training.finetune import fine_tuning_config, lineage
+    from training.train import train as run_training
+
+    config, init = override(PRESETS[options.preset], vars(options)), None
+    notes = {
+        "command": "python -m training " + shlex.join(sys.argv[1:]),
+        "commit": current_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if options.init is not None:
+        init = load_checkpoint(options.init)
+        notes["started_from"] = lineage(init)
+        config = fine_tuning_config(init, PRESETS[options.preset], vars(options))
+    device = local_device(choose_device(options.device))
+    with joined(device) as ranks:
+        if not ranks.is_first:
+            logging.getLogger("training").setLevel(logging.WARNING)
+        report = run_training(
+            config,
+            load_coco(options.data, "train", class_agnostic=config.class_agnostic),
+            load_coco(options.data, "val", class_agnostic=config.class_agnostic),
+            options.out,
+            device=device,
+            workers=options.workers,
+            resume=options.resume,
+            notes=notes,
+            ranks=ranks,
+            init=init,
+        )
+    if ranks.is_first:
+        print(report.table())
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from training.distributed import joined, local_device
+    from training.evaluate import choose_device, open_predictor
     from training.evaluate import evaluate as run_evaluation
-    from training.evaluate import open_predictor
 
-    report = run_evaluation(
-        open_predictor(options.model, options.device), load_coco(options.data, "val"), limit=options.images
-    )
-    print(report.table())
+    with joined(local_device(choose_device(options.device))) as ranks:
+        report = run_evaluation(
+            replace(open_predictor(options.model, options.device), scales=options.scales),
+            load_coco(options.data, "val", class_agnostic=options.class_agnostic),
+            limit=options.images,
+            skip_unreadable=options.unreadable == "skip",
+            ranks=ranks,
+        )
+    if ranks.is_first:
+        print(report.table())
 
 
 def import_weights(options: argparse.Namespace) -> None:
@@ -189,7 +286,9 @@ def export(options: argparse.Namespace) -> None:
     calibration = None
     if options.calibration is not None:
         data_set = load_coco(options.calibration, "train")
-        calibration = Calibration(data_set, options.calibration_images, options.keep_predictors)
+        calibration = Calibration(
+            data_set, options.calibration_images, not options.quantise_predictors, options.reduce_range
+        )
     run_export(
         load_checkpoint(options.model),
         options.out,
@@ -197,6 +296,24 @@ def export(options: argparse.Namespace) -> None:
         precision=options.precision,
         calibration=calibration,
     )
+
+
+def article(options: argparse.Namespace) -> None:
+    from training.article import run_rows
+    from training.article_page import write_page
+    from training.evaluate import choose_device
+
+    run_rows(
+        options.data,
+        options.out,
+        names=options.rows,
+        steps=options.steps,
+        device=choose_device(options.device),
+        workers=options.workers,
+        commit=current_commit(),
+    )
+    write_page(options.out, options.page or options.out, load_coco(options.data, "val", class_agnostic=True))
+    print((options.out / "log.md").read_text())
 
 
 def current_commit() -> str:

@@ -5,6 +5,7 @@ Keys: `model` (state dict on torchvision's names), `ema` (the averaged weights, 
 one.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +20,16 @@ from model.metadata import Label
 from model.retinanet import RetinaNet
 from training.config import TrainConfig, from_dict, to_dict
 
+log = logging.getLogger(__name__)
 FORMAT = "retinaserve checkpoint 1"
 
 
 class InvalidCheckpoint(ValueError):
     """The file is not a checkpoint of ours, or does not fit what is asked of it."""
+
+
+class CheckpointNotWritten(OSError):
+    """The disk is full, or the folder cannot be written to; an older file of that name is as it was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +51,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
-    """Write the file or leave the old one as it was."""
+    """Write the file or leave the old one as it was. CheckpointNotWritten: the disk is full, say."""
     content = {
         "format": FORMAT,
         "config": to_dict(checkpoint.config),
@@ -60,10 +66,23 @@ def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
     }
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        torch.save(content, temporary)
+        with temporary.open("wb") as written:
+            torch.save(content, written)
+            written.flush()
+            os.fsync(written.fileno())  # else a power cut may leave the new name without the new bytes
         temporary.replace(file)
+    except (OSError, RuntimeError) as error:
+        kept = "the one before it is intact" if file.exists() else "there is none before it"
+        raise CheckpointNotWritten(f"the checkpoint {file} cannot be written: {_cause(error)}; {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _cause(error: BaseException) -> str:
+    """The system's own words: torch's writer answers a full disk with an error of its own, raised on the way out."""
+    while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return str(error)
 
 
 def load_checkpoint(file: Path) -> Checkpoint:
@@ -101,4 +120,5 @@ def build_detector(checkpoint: Checkpoint) -> CandidateDetector:
         network.load_state_dict(dict(checkpoint.best_weights), strict=True)
     except RuntimeError as error:
         raise InvalidCheckpoint(f"the weights do not fit the architecture: {error}") from error
+    log.info("the weights are %s", "those of the last step" if checkpoint.ema is None else "the moving average (EMA)")
     return CandidateDetector(network, checkpoint.labels).eval()

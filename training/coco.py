@@ -5,14 +5,14 @@ DIR holds `annotations/instances_{train,val}.json` with `images/{train,val}/`, o
 
 A class's column is its place in the list of the data set's category ids, sorted; ids may have gaps. Boxes become
 xyxy float32 in pixels of the upright picture. Boxes that lie outside the picture or have no area are dropped and
-counted; crowds are kept apart, to be ignored.
+counted; crowds are kept apart, to be ignored. A class-agnostic data set is the same with every object of one class.
 """
 
 import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from model.types import Pixels
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
+OBJECT = Label(1, "object")
+"""The one label of a class-agnostic data set."""
 
 
 class InvalidDataSet(ValueError):
@@ -59,6 +61,8 @@ class CocoDataSet:
     labels: tuple[Label, ...]
     pictures: Sequence[Picture]
     dropped_boxes: int
+    class_agnostic: bool = False
+    """Every object is an OBJECT; the annotation file keeps its categories."""
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -75,8 +79,22 @@ class CocoDataSet:
         return pixels
 
 
-def load_coco(folder: Path, split: Split) -> CocoDataSet:
+def load_coco(folder: Path, split: Split, *, class_agnostic: bool = False) -> CocoDataSet:
     """Read a split's annotations. InvalidDataSet: files or fields are missing or malformed."""
+    data_set = _load(folder, split)
+    return without_classes(data_set) if class_agnostic else data_set
+
+
+def without_classes(data_set: CocoDataSet) -> CocoDataSet:
+    """The same pictures, with every object an OBJECT."""
+    pictures = [
+        replace(picture, target=replace(picture.target, columns=np.zeros_like(picture.target.columns)))
+        for picture in data_set.pictures
+    ]
+    return replace(data_set, labels=(OBJECT,), pictures=pictures, class_agnostic=True)
+
+
+def _load(folder: Path, split: Split) -> CocoDataSet:
     annotation_file, image_folder = _layout(folder, split)
     try:
         content = json.loads(annotation_file.read_bytes())

@@ -22,13 +22,20 @@ class LossConfig:
 
     fg_iou_threshold: Annotated[float, "an anchor is an object's from this IoU on"] = 0.5
     bg_iou_threshold: Annotated[float, "below this IoU an anchor is background; between the two it is ignored"] = 0.4
-    focal_alpha: Annotated[float, "weight of foreground; background has 1 - alpha"] = 0.25
+    border_anchors: Annotated[
+        Literal["kept", "ignored"], "in training, anchors that cross the picture's border; the RPN ignores them"
+    ] = "kept"
+    sampled_anchors: Annotated[int, "anchors of each picture that count, drawn in each step; 0: all"] = 0
+    sampled_positives: Annotated[float, "largest share of positives among the sampled anchors"] = 0.5
+    focal_alpha: Annotated[float, "weight of foreground; background has 1 - alpha; below 0: both have 1"] = 0.25
     focal_gamma: Annotated[float, "focusing exponent; 0 is plain cross-entropy"] = 2.0
     box_loss: Annotated[Literal["smooth_l1", "l1", "giou"], "loss of the boxes of positive anchors"] = "smooth_l1"
     smooth_l1_beta: Annotated[float, "where smooth-L1 turns linear: 1 / sigma**2 for sigma 3"] = 1 / 9
     box_loss_weight: Annotated[float, "factor on the box loss"] = 1.0
     normaliser: Annotated[
-        Literal["image", "batch"], "divide by each image's positives, then average; or by the batch's positives"
+        Literal["image", "batch", "running", "anchors"],
+        "divide by each image's positives, then average; by the positives of the whole step; by their running mean; or "
+        "by all anchors that count",
     ] = "image"
 
 
@@ -77,69 +84,186 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class DetectionConfig:
+    """What is made of the candidates, unless a request says otherwise; an exported file carries it."""
+
+    score_threshold: Annotated[float, "a detection scores more than this"] = 0.05
+    nms_threshold: Annotated[float, "largest IoU of two detections of one label"] = 0.5
+    max_detections: Annotated[int, "of a picture"] = 300
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: RetinaNetConfig = field(default_factory=RetinaNetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     resize: ResizePolicy = field(default_factory=ResizePolicy)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     steps: Annotated[int, "updates of the weights"] = 90_000
     batch_size: Annotated[int, "images a step, all processes together"] = 16
+    log_every: Annotated[int, "steps between lines in metrics.jsonl"] = 20
     checkpoint_every: Annotated[int, "steps"] = 1000
     evaluate_every: Annotated[int, "steps; 0: only at the end"] = 5000
     evaluate_images: Annotated[int, "validation pictures for AP while training; 0: all"] = 0
+    group_by_aspect: Annotated[bool, "a step's pictures are all upright or all lying, so that less is padded"] = False
+    unreadable: Annotated[
+        Literal["stop", "skip"], "a picture that cannot be read ends the run, or is named and the next one stands in"
+    ] = "stop"
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16", "fp64"],
+        "of the network's arithmetic: bf16 and fp16 by autocast, weights stay fp32; fp64 to compare runs exactly",
+    ] = "fp32"
+    channels_last: Annotated[
+        bool | None, "weights and images lie in memory as GPUs want them; unset: on a GPU, since CPUs may be slower so"
+    ] = None
+    accumulate_steps: Annotated[int, "parts that a process computes its images of a step in, to save memory"] = 1
+    divergence_factor: Annotated[
+        float, "the run ends when the mean loss of 20 steps is this many times that of its first 20; 0: never"
+    ] = 20.0
+    freeze_stages: Annotated[int, "stages of the backbone that stay as they are; 1: the stem, 2: up to C2"] = 0
+    class_agnostic: Annotated[bool, "every object is of one class, 'object': the detector proposes regions"] = False
     seed: Annotated[int, "of weights and samples"] = 0
     pretrained_backbone: Annotated[bool, "start from torchvision's ImageNet weights (downloaded)"] = True
 
 
+PROPOSAL_LOSS = LossConfig(
+    fg_iou_threshold=0.7,
+    bg_iou_threshold=0.3,
+    border_anchors="ignored",
+    sampled_anchors=256,
+    focal_alpha=-1.0,
+    focal_gamma=0.0,
+    normaliser="anchors",
+)
+"""The region proposal network's: cross-entropy on 256 drawn anchors (Ren et al. 2015 §3.1.2, §3.1.3)."""
+PROPOSALS = DetectionConfig(score_threshold=0.0, nms_threshold=0.7, max_detections=1000)
+
 PRESETS: dict[str, TrainConfig] = {
     # Lin et al. 2017, §4.1 and §5: ResNet-50, 16 images a step, 90k steps
     "paper": TrainConfig(),
-    # torchvision's reference recipe: 26 epochs of COCO, milestones after 16 and 22, plain L1
+    # torchvision's reference recipe: 26 epochs of COCO, milestones after 16 and 22, plain L1. It decays biases too.
     "torchvision-v1": TrainConfig(
         model=RetinaNetConfig(p6_from="p5", anchors=AnchorConfig(stride="torchvision")),
         loss=LossConfig(box_loss="l1"),
         optimiser=OptimiserConfig(milestones=(16 / 26, 22 / 26)),
         steps=190_000,
+        group_by_aspect=True,
+        freeze_stages=2,
+    ),
+    # its second one: AdamW, batch norm that is trained, GroupNorm in the heads, GIoU, shorter sides 480 to 800
+    "torchvision-v2": TrainConfig(
+        model=RetinaNetConfig(backbone_norm="batch", head_norm="group", anchors=AnchorConfig(stride="torchvision")),
+        loss=LossConfig(box_loss="giou"),
+        optimiser=OptimiserConfig(
+            optimiser="adamw", learning_rate=1e-4, weight_decay=0.05, milestones=(16 / 26, 22 / 26)
+        ),
+        augment=AugmentConfig(shorter_sides=tuple(range(480, 801, 32))),
+        steps=190_000,
+        group_by_aspect=True,
+        freeze_stages=2,
+    ),
+    # detectron2's RetinaNet R50 3x, on torchvision's backbone weights: shorter sides 640 to 800, smooth-L1 with beta 0,
+    # losses over the running mean of the positives
+    "detectron2-3x": TrainConfig(
+        loss=LossConfig(box_loss="l1", normaliser="running"),
+        optimiser=OptimiserConfig(milestones=(210 / 270, 250 / 270)),
+        augment=AugmentConfig(shorter_sides=tuple(range(640, 801, 32))),
+        steps=270_000,
+        group_by_aspect=True,
+        freeze_stages=2,
+    ),
+    # Lin et al. 2017, Feature Pyramid Networks, §5.1: proposals, 16 images a step, 40k steps
+    "rpn": TrainConfig(
+        model=RetinaNetConfig(
+            p6_from="pool", head="shared", head_convs=1, anchors=AnchorConfig(scales=(1.0,), lowest_level=2)
+        ),
+        loss=PROPOSAL_LOSS,
+        optimiser=OptimiserConfig(learning_rate=0.02, milestones=(30 / 40,)),
+        detection=PROPOSALS,
+        steps=40_000,
+        class_agnostic=True,
     ),
     # small enough to be trained from scratch on two cores, on crops at the scale that is served
     "demo": TrainConfig(
         model=RetinaNetConfig(
             backbone="resnet18",
-            backbone_width=0.45,
+            backbone_width=0.375,
             backbone_norm="batch",
             fpn_channels=64,
             head_channels=64,
             head_convs=2,
+            head_norm="batch",
             anchors=AnchorConfig(base_sizes=(20, 40, 80, 160, 320)),
         ),
-        loss=LossConfig(box_loss="giou", box_loss_weight=2.0, normaliser="batch"),
+        loss=LossConfig(box_loss="giou", normaliser="batch"),
         optimiser=OptimiserConfig(
             optimiser="adamw",
-            learning_rate=1e-3,
+            learning_rate=1.5e-3,
             reference_batch_size=8,
             weight_decay=0.03,
             warmup_steps=200,
             schedule="cosine",
             gradient_clip=10.0,
-            ema_decay=0.998,
-            freeze_batch_norm_from=0.7,
+            ema_decay=0.9985,
+            freeze_batch_norm_from=0.75,
         ),
         augment=AugmentConfig(
             vertical_flip=0.5,
             transpose=0.5,
-            scale_jitter=(0.7, 1.35),
-            crop_sizes=(384, 544, 768),
-            crop_batch_sizes=(8, 4, 2),
-            crop_probabilities=(0.3, 0.35, 0.35),
+            scale_jitter=(0.6, 1.3),
+            crop_sizes=(384, 544, 672),
+            crop_batch_sizes=(6, 3, 2),
+            crop_probabilities=(0.3, 0.3, 0.4),
             crop_on_object=0.7,
             shuffle_channels=0.5,
         ),
         steps=8000,
         batch_size=8,
         checkpoint_every=100,
-        evaluate_every=1000,
-        evaluate_images=100,
+        evaluate_every=1500,
+        evaluate_images=60,
+        pretrained_backbone=False,
+    ),
+    # a few minutes on two cores, what `python -m training article` compares: to find objects is learned before classes
+    "article": TrainConfig(
+        model=RetinaNetConfig(
+            backbone="resnet18",
+            backbone_width=0.25,
+            backbone_norm="batch",
+            fpn_channels=32,
+            head_channels=32,
+            head_convs=2,
+            head_norm="batch",
+            anchors=AnchorConfig(base_sizes=(8, 16, 32, 64, 128)),
+        ),
+        loss=LossConfig(normaliser="batch"),
+        optimiser=OptimiserConfig(
+            optimiser="adamw",
+            learning_rate=3e-3,
+            reference_batch_size=8,
+            weight_decay=0.03,
+            warmup_steps=50,
+            schedule="cosine",
+            gradient_clip=10.0,
+            ema_decay=0.98,
+            freeze_batch_norm_from=0.75,
+        ),
+        augment=AugmentConfig(
+            vertical_flip=0.5,
+            shorter_sides=(256,),
+            crop_sizes=(256,),
+            crop_batch_sizes=(8,),
+            crop_probabilities=(1.0,),
+            crop_on_object=0.5,
+        ),
+        resize=ResizePolicy(shorter_side=256, longest_side=427),
+        steps=500,
+        batch_size=8,
+        log_every=1,
+        checkpoint_every=100,
+        evaluate_every=0,
+        class_agnostic=True,
         pretrained_backbone=False,
     ),
 }
@@ -206,7 +330,7 @@ def _argument(hint: Any) -> dict[str, Any]:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
         return {"type": get_args(hint)[0], "nargs": "+", "metavar": "X", "action": _Tuple}
-    if hint is bool:
+    if hint in (bool, bool | None):
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": "X"}
 

@@ -1,22 +1,26 @@
 """Which samples make which step, and their loading by worker processes.
 
 The order of pictures and the randomness of a sample depend only on (seed, epoch, index): a run that was stopped and
-resumed sees the same samples as one that was not, with any number of workers.
+resumed sees the same samples as one that was not, with any number of workers; and the ranks of a run share those that
+one process would see.
 """
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from training.coco import CocoDataSet
+from training.coco import CocoDataSet, InvalidDataSet
 from training.config import TrainConfig
+from training.distributed import ALONE, Ranks
 from training.transforms import Batch, Sample, augment, collate
 
 # First words of the seeds, so that no two streams of random numbers are the same.
-ORDER, SAMPLE, CROP = 1, 2, 3
+ORDER, SAMPLE, CROP, ANCHORS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -32,38 +36,90 @@ class TrainingSamples(Dataset[Sample]):
         self.config = config
 
     def __getitem__(self, key: SampleKey) -> Sample:
+        """The picture of that index, or the next one that can be read, with what was wrong with those before it."""
         rng = np.random.default_rng([SAMPLE, self.config.seed, key.epoch, key.index])
-        sample = Sample(self.data_set.read(key.index), self.data_set.pictures[key.index].target)
+        sample = self._read(key.index)
         return augment(sample, self.config.augment, self.config.resize, rng, key.crop_size)
 
+    def _read(self, first: int) -> Sample:
+        unreadable: list[str] = []
+        for offset in range(len(self.data_set)):
+            index = (first + offset) % len(self.data_set)
+            try:
+                pixels = self.data_set.read(index)
+            except InvalidDataSet as error:
+                unreadable.append(str(error))
+            else:
+                return Sample(pixels, self.data_set.pictures[index].target, tuple(unreadable))
+        raise InvalidDataSet(f"none of the {len(self.data_set)} pictures can be read: {unreadable[0]}")
 
-def schedule(num_pictures: int, config: TrainConfig) -> Iterator[list[SampleKey]]:
-    """The keys of each step's samples, without end: shuffled epochs cut into steps, across epoch borders."""
-    order = _endless_order(num_pictures, config.seed)
+
+def schedule(sizes: Sequence[tuple[int, int]], config: TrainConfig) -> Iterator[list[SampleKey]]:
+    """The keys of each step's samples, without end: shuffled epochs cut into steps, across epoch borders.
+
+    sizes  (height, width) of every picture; with `group_by_aspect` they decide whose step it is
+    """
     rng = np.random.default_rng([CROP, config.seed])
     crops = config.augment
+    groups = [int(config.group_by_aspect and height > width) for height, width in sizes]
+    waiting: tuple[list[tuple[int, int]], ...] = ([], [])
+    order = _endless_order(len(sizes), config.seed)
     while True:
         crop_size, batch_size = None, config.batch_size
         if crops.crop_sizes:
             drawn = int(rng.choice(len(crops.crop_sizes), p=crops.crop_probabilities))
             crop_size, batch_size = crops.crop_sizes[drawn], crops.crop_batch_sizes[drawn]
-        pairs = [next(order) for _ in range(batch_size)]
-        yield [SampleKey(epoch, index, crop_size) for epoch, index in pairs]
+        full = next((group for group in waiting if len(group) >= batch_size), None)
+        while full is None:
+            epoch, index = next(order)
+            group = waiting[groups[index]]
+            group.append((epoch, index))
+            full = group if len(group) == batch_size else None
+        yield [SampleKey(epoch, index, crop_size) for epoch, index in full[:batch_size]]
+        del full[:batch_size]
 
 
-def load_batches(data_set: CocoDataSet, config: TrainConfig, *, first_step: int, workers: int) -> Iterator[Batch]:
-    """The batches of steps first_step … config.steps - 1."""
-    steps = schedule(len(data_set), config)
-    keys = [next(steps) for _ in range(config.steps)][first_step:]
+def sampling_seed(seed: int, step: int) -> int:
+    """Of the anchors that are drawn in a step, where the losses draw some."""
+    return int(np.random.default_rng([ANCHORS, seed, step]).integers(2**63))
+
+
+def load_batches(
+    data_set: CocoDataSet,
+    config: TrainConfig,
+    *,
+    first_step: int,
+    workers: int,
+    ranks: Ranks = ALONE,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's share of the batches of steps first_step … config.steps - 1.
+
+    InvalidDataSet, where the batch comes up: a picture cannot be read and `unreadable` is not skip.
+    ValueError: a step has too few images for the ranks and the parts.
+    """
+    smallest = min(config.augment.crop_batch_sizes or (config.batch_size,))
+    parts = ranks.size * config.accumulate_steps
+    if smallest < parts:
+        raise ValueError(
+            f"a step of {smallest} images cannot be shared by {ranks.size} processes in {config.accumulate_steps} "
+            f"parts each; a larger --batch-size (or --crop-batch-sizes) can"
+        )
+    steps = schedule([picture.size for picture in data_set.pictures], config)
+    keys = (ranks.share(step) for step in islice(steps, first_step, config.steps))
     loader = DataLoader(
         TrainingSamples(data_set, config),
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=_Collate(config.resize.divisor),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         multiprocessing_context="spawn" if workers else None,
+        pin_memory=pin_memory,
     )
-    return iter(loader)
+    for batch in loader:
+        if batch.unreadable and config.unreadable == "stop":
+            raise InvalidDataSet(f"{batch.unreadable[0]}; --unreadable skip goes on without it")
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -74,8 +130,9 @@ class _Collate:
         return collate(samples, self.divisor)
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole process group, the main process decides
 
 
 def _endless_order(num_pictures: int, seed: int) -> Iterator[tuple[int, int]]:

@@ -7,8 +7,9 @@ Source of the metric: Lin et al. 2014 (COCO); pycocotools is the reference imple
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ from model.metadata import Label, ResizePolicy
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
 from training.checkpoint import build_detector, load_checkpoint
-from training.coco import CocoDataSet, InvalidDataSet
+from training.coco import OBJECT, CocoDataSet, InvalidDataSet
+from training.config import TrainConfig
+from training.distributed import ALONE, Ranks
 
+log = logging.getLogger(__name__)
 Run = Callable[[Sequence[CanvasImage]], list[Candidates]]
+Look = Callable[[int, Pixels, Detections], None]
+"""Told of each evaluated picture: its index, its pixels, what was found there."""
+MAX_DETECTIONS = [1, 10, 100, 1000]
+"""COCO's, and 1,000 for proposals: of each picture the best so many count, for AP the best 100."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,39 @@ class Predictor:
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     max_detections: int = 300
+    scales: tuple[int, ...] = ()
+    """Shorter sides, px, of an image pyramid whose candidates go through one NMS; none: the resize policy's own."""
 
     def __call__(self, image: Pixels) -> Detections:
         """The objects of one upright picture, in its pixels."""
-        canvas = to_canvas(image, self.resize)
+        canvases = [to_canvas(image, scaled(self.resize, scale)) for scale in self.scales or [self.resize.shorter_side]]
         detections = suppress(
-            self.run([canvas])[0],
+            merged([self.run([canvas])[0] for canvas in canvases], canvases),
             score_threshold=self.score_threshold,
             nms_threshold=self.nms_threshold,
             max_detections=self.max_detections,
         )
-        return to_original(detections, canvas)
+        return to_original(detections, canvases[0])
+
+
+def scaled(resize: ResizePolicy, shorter_side: int) -> ResizePolicy:
+    """The policy at another size, its bound on the longer side in proportion."""
+    longest_side = round(resize.longest_side * shorter_side / resize.shorter_side)
+    return replace(resize, shorter_side=shorter_side, longest_side=longest_side)
+
+
+def merged(candidates: Sequence[Candidates], canvases: Sequence[CanvasImage]) -> Candidates:
+    """Those of one picture's canvases together, in the pixels of the first."""
+    height, width = canvases[0].size
+    boxes = []
+    for found, canvas in zip(candidates, canvases, strict=True):
+        ratio = np.array([width / canvas.size[1], height / canvas.size[0]], np.float32)
+        boxes.append(found.boxes * np.tile(ratio, 2))
+    return Candidates(
+        np.concatenate(boxes),
+        np.concatenate([found.scores for found in candidates]),
+        np.concatenate([found.labels for found in candidates]),
+    )
 
 
 @dataclass(frozen=True)
@@ -64,8 +94,15 @@ class ApReport:
     ap_medium: float
     ap_large: float
     recall_100: float
+    """The share of objects found by the best 100 detections of a picture."""
+    recall_1000: float
+    recall_1000_by_size: tuple[float, float, float]
+    """small, medium, large"""
     per_class: dict[str, float]
     num_images: int
+    precision: np.ndarray[Any, Any] = field(repr=False, compare=False)
+    """[10 IoUs, 101 recalls, classes, 4 areas (all, small, medium, large)] at 100 detections; -1 where there is no such
+    object."""
 
     def table(self) -> str:
         rows = [
@@ -76,6 +113,7 @@ class ApReport:
             ("AP medium", self.ap_medium),
             ("AP large (> 96² px)", self.ap_large),
             ("recall at 100", self.recall_100),
+            ("recall at 1000", self.recall_1000),
             *((f"AP {name}", value) for name, value in self.per_class.items()),
         ]
         width = max(len(name) for name, _ in rows)
@@ -98,7 +136,20 @@ def open_predictor(model: Path, device: str = "auto") -> Predictor:
         )
     checkpoint = load_checkpoint(model)
     detector_module = build_detector(checkpoint).to(choose_device(device))
-    return Predictor(torch_run(detector_module), checkpoint.labels, checkpoint.config.resize)
+    return torch_predictor(detector_module, checkpoint.labels, checkpoint.config)
+
+
+def torch_predictor(detector: CandidateDetector, labels: tuple[Label, ...], config: TrainConfig) -> Predictor:
+    """As the exported file would predict."""
+    detection = config.detection
+    return Predictor(
+        torch_run(detector),
+        labels,
+        config.resize,
+        detection.score_threshold,
+        detection.nms_threshold,
+        detection.max_detections,
+    )
 
 
 def choose_device(device: str) -> torch.device:
@@ -121,17 +172,54 @@ def torch_run(detector: CandidateDetector) -> Run:
     return run
 
 
-def evaluate(predictor: Predictor, data_set: CocoDataSet, *, limit: int = 0, progress: bool = True) -> ApReport:
-    """AP on the first `limit` pictures (0: all). InvalidDataSet: it has labels that the model lacks."""
-    if not set(predictor.labels) >= set(data_set.labels):  # COCO's imported weights have columns that COCO leaves out
+def evaluate(
+    predictor: Predictor,
+    data_set: CocoDataSet,
+    *,
+    limit: int = 0,
+    progress: bool = True,
+    skip_unreadable: bool = False,
+    ranks: Ranks = ALONE,
+    look: Look | None = None,
+) -> ApReport:
+    """AP on the first `limit` pictures (0: all), each looked at by one of the ranks; every rank gets the report.
+
+    InvalidDataSet: it has labels that the model lacks, or a picture cannot be read and `skip_unreadable` is not set;
+    set, such pictures are named and do not count.
+    """
+    refuse_unknown_labels(predictor.labels, data_set)
+    indices = ranks.share(range(len(data_set))[: limit or None])
+    found: list[tuple[int, list[dict[str, Any]]]] = []
+    for index in tqdm(indices, desc="evaluate", unit="picture", disable=not (progress and ranks.is_first)):
+        try:
+            pixels = data_set.read(index)
+        except InvalidDataSet as error:
+            if not skip_unreadable:
+                raise
+            log.warning("not evaluated: %s", error)
+        else:
+            detections = predictor(pixels)
+            if look is not None:
+                look(index, pixels, detections)
+            found.append((index, coco_results(data_set.pictures[index].image_id, detections)))
+    found = sorted(ranks.gather(found), key=lambda result: result[0])
+    report = None
+    if ranks.is_first:
+        image_ids = [data_set.pictures[index].image_id for index, _ in found]
+        results = [result for _, of_picture in found for result in of_picture]
+        report = average_precision(data_set.annotation_file, results, image_ids, class_agnostic=data_set.class_agnostic)
+    return ranks.from_first(report)
+
+
+def refuse_unknown_labels(labels: Sequence[Label], data_set: CocoDataSet) -> None:
+    """InvalidDataSet: the data set has others. (COCO's imported weights have columns that COCO leaves out.)
+
+    Of a class-agnostic data set any model may find the objects; what it calls them does not matter.
+    """
+    if not data_set.class_agnostic and not set(labels) >= set(data_set.labels):
         raise InvalidDataSet(
-            f"the model knows {_names(predictor.labels)}; {data_set.annotation_file} has {_names(data_set.labels)}"
+            f"the model knows {_names(labels)}; {data_set.annotation_file} has {_names(data_set.labels)}"
         )
-    pictures = data_set.pictures[: limit or None]
-    results: list[dict[str, Any]] = []
-    for index, picture in enumerate(tqdm(pictures, desc="evaluate", unit="picture", disable=not progress)):
-        results += coco_results(picture.image_id, predictor(data_set.read(index)))
-    return average_precision(data_set.annotation_file, results, [picture.image_id for picture in pictures])
 
 
 def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
@@ -144,23 +232,47 @@ def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, 
     ]
 
 
-def average_precision(annotation_file: Path, results: list[dict[str, Any]], image_ids: Sequence[int]) -> ApReport:
-    """pycocotools on results in COCO's format. An empty list is a detector that found nothing: AP 0."""
+def average_precision(
+    annotation_file: Path, results: list[dict[str, Any]], image_ids: Sequence[int], *, class_agnostic: bool = False
+) -> ApReport:
+    """pycocotools on results in COCO's format. An empty list is a detector that found nothing: AP 0.
+
+    class_agnostic  categories do not count: any box may find any object
+    """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what we return
         truth = COCO(str(annotation_file))
         truth.dataset.setdefault("info", {})
+        if class_agnostic:  # pycocotools drops boxes of categories that it does not know, even where none counts
+            results = [result | {"category_id": truth.getCatIds()[0]} for result in results]
         found = truth.loadRes(results) if results else COCO()
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.imgIds = list(image_ids)
+        evaluation.params.maxDets = MAX_DETECTIONS
+        evaluation.params.useCats = int(not class_agnostic)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     figures = [float(figure) if figure >= 0 else float("nan") for figure in evaluation.stats]
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], any area, 100 detections
-    names = [str(category["name"]) for category in truth.loadCats(evaluation.params.catIds)]
-    per_class = {name: _mean(precision[:, :, column]) for column, name in enumerate(names)}
+    precision = evaluation.eval["precision"][..., MAX_DETECTIONS.index(100)]
+    categories = [{"name": OBJECT.label}] if class_agnostic else truth.loadCats(evaluation.params.catIds)
+    names = [str(category["name"]) for category in categories]
+    per_class = {name: _mean(precision[:, :, column, 0]) for column, name in enumerate(names)}
     ap, ap50, ap75, small, medium, large, _, _, recall_100, *_ = figures
-    return ApReport(ap, ap50, ap75, small, medium, large, recall_100, per_class, len(image_ids))
+    of_any_size, *by_size = (_mean(evaluation.eval["recall"][:, :, size, -1]) for size in range(4))
+    return ApReport(
+        ap,
+        ap50,
+        ap75,
+        small,
+        medium,
+        large,
+        recall_100,
+        of_any_size,
+        (by_size[0], by_size[1], by_size[2]),
+        per_class,
+        len(image_ids),
+        precision,
+    )
 
 
 def _mean(precision: np.ndarray[Any, Any]) -> float:

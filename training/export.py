@@ -19,11 +19,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from model.backbones import NormedConv2d
 from model.candidates import CandidateDetector
 from model.image import to_canvas
 from model.metadata import ModelMetadata, Precision, ResizePolicy
+from model.retinanet import HeadLayer
 from model.types import Candidates, CanvasImage
 from training.checkpoint import Checkpoint, build_detector
 from training.coco import CocoDataSet
@@ -55,8 +58,10 @@ class Calibration:
 
     data_set: CocoDataSet
     num_images: int = 100
-    keep_predictors: bool = False
+    keep_predictors: bool = True
     """The two output layers stay fp32."""
+    reduce_range: bool = False
+    """Weights of 7 bits: exact without VNNI too, see training/quantise.py."""
 
     def canvases(self, resize: ResizePolicy) -> Iterator[CanvasImage]:
         """Pictures from all over the data set."""
@@ -82,11 +87,17 @@ def export(
     detector = build_detector(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long part
     metadata = describe(checkpoint, name, precision)
-    model = to_onnx(half_network(detector) if precision == "fp16" else detector)
+    folded = fold_norms(detector)
+    model = to_onnx(half_network(folded) if precision == "fp16" else folded)
     examples = example_inputs(*CHECKED)
     if calibration is not None:
         resize = checkpoint.config.resize
-        model = quantise(model, calibration.canvases(resize), keep_predictors=calibration.keep_predictors)
+        model = quantise(
+            model,
+            calibration.canvases(resize),
+            keep_predictors=calibration.keep_predictors,
+            reduce_range=calibration.reduce_range,
+        )
         examples = canvas_inputs(next(calibration.canvases(resize)))
     onnx.helper.set_model_props(model, metadata.to_props())
     onnx.checker.check_model(model, full_check=True)
@@ -99,6 +110,49 @@ def export(
         temporary.unlink(missing_ok=True)
     log.info("%s: %s, %.1f MB", out, precision, out.stat().st_size / 1e6)
     return metadata
+
+
+class LevelConvs(nn.Sequential):
+    """What a HeadLayer with batch norms answers, by a convolution for each level and a ReLU."""
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        convs, relu = self
+        return [relu(conv(level)) for conv, level in zip(convs, levels, strict=True)]  # type: ignore[call-overload]
+
+
+def fold_norms(detector: CandidateDetector) -> CandidateDetector:
+    """A copy whose convolutions hold the backbone's frozen norms and the head's batch norms, the head's one convolution
+    for each level, equal to float noise.
+
+    The exporter folds a norm only into a convolution that nothing else uses. Left as they are, the norms of shared
+    convolutions would be a multiplication and an addition over every map, and keep int8 from one kernel for
+    convolution and ReLU. It costs the head's weights once for each level.
+    """
+    detector = copy.deepcopy(detector)
+    for parent in list(detector.modules()):
+        for name, conv in list(parent.named_children()):
+            if isinstance(conv, NormedConv2d):
+                setattr(parent, name, plain_conv(conv))
+    heads = detector.network.head
+    for subnet in (heads.classification_head.conv, heads.regression_head.conv):
+        for position, layer in enumerate(subnet):
+            assert isinstance(layer, HeadLayer)
+            conv, *norm, relu = layer
+            if norm and isinstance(norm[0], nn.ModuleList):
+                fused = [fuse_conv_bn_eval(conv, each) for each in norm[0]]  # type: ignore[arg-type, type-var]
+                subnet[position] = LevelConvs(nn.ModuleList(fused), relu)
+    return detector
+
+
+@torch.no_grad()
+def plain_conv(conv: NormedConv2d) -> nn.Conv2d:
+    """Does the same, with weights and bias of its own."""
+    weight, bias = conv.weight_and_bias()
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups  # type: ignore[arg-type]
+    )  # fmt: skip
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return plain
 
 
 def half_network(detector: CandidateDetector) -> CandidateDetector:
@@ -116,9 +170,13 @@ def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMe
         architecture=checkpoint.config.model.describe(),
         precision=precision,
         resize=checkpoint.config.resize,
+        score_threshold=checkpoint.config.detection.score_threshold,
+        nms_threshold=checkpoint.config.detection.nms_threshold,
+        max_detections=checkpoint.config.detection.max_detections,
         data_set=checkpoint.data_set,
         ap=checkpoint.ap,
         training={**(checkpoint.training or {}), "steps": str(checkpoint.step), "weights": weights},
+        anchors=checkpoint.config.model.level_anchors,
     )
 
 
@@ -139,7 +197,15 @@ def to_onnx(detector: CandidateDetector) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    return without_traces(program.model_proto)
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model less the exporter's notes on where each value comes from: they hold paths of this machine."""
+    graph = model.graph
+    for entry in [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+        del entry.metadata_props[:]
+    return model
 
 
 def check_equal(detector: CandidateDetector, file: Path, precision: Precision, examples: tuple[Tensor, Tensor]) -> None:

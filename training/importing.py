@@ -168,7 +168,7 @@ def _check_fit(state: Mapping[str, Tensor], config: RetinaNetConfig, failure: st
     """The number of classes. InvalidWeights: a name or a shape is not the network's."""
     if LOGITS_BIAS not in state:
         raise InvalidWeights(f"{failure}: it lacks {LOGITS_BIAS}")
-    num_columns = max(1, state[LOGITS_BIAS].numel() // config.anchors.per_cell)
+    num_columns = max(1, state[LOGITS_BIAS].numel() // config.level_anchors.per_cell)
     with torch.device("meta"):  # shapes without numbers
         expected = RetinaNet(config, num_columns).state_dict()
     problems = [f"it lacks {key}" for key in expected if key not in state]

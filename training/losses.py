@@ -1,8 +1,9 @@
 """RetinaNet's two losses: focal loss over all anchors and classes, and a box loss over the positive anchors.
 
 Both are sums divided by the number of positive anchors (of each image, then averaged; or of the whole batch), so
-their scale does not depend on the number of easy background anchors. Source: Lin et al. 2017 (Focal Loss) §3 and
-§4.1; GIoU: Rezatofighi 2019.
+their scale does not depend on the number of easy background anchors. With `sampled_anchors` only some anchors count,
+as in the region proposal network: drawn anew in each step, by the step's seed. Source: Lin et al. 2017 (Focal Loss) §3
+and §4.1; GIoU: Rezatofighi 2019; sampling: Ren et al. 2015 (Faster R-CNN) §3.1.3.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,29 @@ from torchvision.ops import generalized_box_iou_loss
 from model.anchors import decode_boxes, encode_boxes
 from model.retinanet import Predictions
 from training.config import LossConfig
-from training.matcher import BACKGROUND, IGNORED, match
+from training.focal import focal_loss_sum
+from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
 from training.transforms import TensorTarget
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    classification: Tensor
-    box: Tensor
+    """Of a batch or of a part of one: the sums and the divisors of all parts add up to those of the batch."""
+
+    classification_sum: Tensor
+    box_sum: Tensor
     """Already times its weight."""
+    divisor: Tensor
+    """What both are divided by, where it is above 1: positive anchors (or all that count), or pictures (whose sums are
+    divided by their own positives before)."""
+
+    @property
+    def classification(self) -> Tensor:
+        return self.classification_sum / self.divisor.clamp(min=1)
+
+    @property
+    def box(self) -> Tensor:
+        return self.box_sum / self.divisor.clamp(min=1)
 
     @property
     def total(self) -> Tensor:
@@ -32,22 +47,22 @@ class Losses:
 
 
 def retinanet_losses(
-    predictions: Predictions, anchors: Tensor, targets: Sequence[TensorTarget], config: LossConfig
+    predictions: Predictions,
+    anchors: Tensor,
+    targets: Sequence[TensorTarget],
+    config: LossConfig,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
 ) -> Losses:
-    """predictions [N, A, …] and the anchors [A, 4] of the batch's canvas, against each image's target."""
-    matches = torch.stack(
-        [
-            match(
-                anchors,
-                target.boxes,
-                target.ignored,
-                fg_iou_threshold=config.fg_iou_threshold,
-                bg_iou_threshold=config.bg_iou_threshold,
-            )
-            for target in targets
-        ]
-    )
-    positives = (matches >= 0).sum(dim=1)
+    """predictions [N, A, …] and the anchors [A, 4] of the batch's canvas, against each image's target.
+
+    sizes  (height, width) of each image on the canvas; needed with `border_anchors="ignored"`
+    seed   of the anchors drawn with `sampled_anchors`; the same seed draws the same ones
+    """
+    matches = match_batch(anchors, targets, config, sizes=sizes, seed=seed)
+    counted = matches != IGNORED if config.normaliser == "anchors" else matches >= 0
+    positives = counted.sum(dim=1)
     classification = torch.stack(
         [
             _classification_loss(logits, matched, target.columns, config)
@@ -60,32 +75,45 @@ def retinanet_losses(
             for deltas, matched, target in zip(predictions.bbox_regression, matches, targets, strict=True)
         ]
     )
-    return Losses(
-        _normalise(classification, positives, config), config.box_loss_weight * _normalise(box, positives, config)
-    )
+    if config.normaliser == "image":
+        classification, box = classification / positives.clamp(min=1), box / positives.clamp(min=1)
+        divisor = positives.new_tensor(len(positives))
+    else:
+        divisor = positives.sum()
+    return Losses(classification.sum(), config.box_loss_weight * box.sum(), divisor)
 
 
-def focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of each logit, not reduced (paper eq. 5).
-
-    logits  [...]
-    truth   [...]  1 for foreground, 0 for background
-    FL = -alpha_t (1 - p_t)**gamma log(p_t); p_t = p, alpha_t = alpha for foreground, 1 - p, 1 - alpha for background.
-    """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    probability = torch.sigmoid(logits)
-    missed = probability + truth - 2 * probability * truth
-    alpha_t = 1 - alpha + (2 * alpha - 1) * truth
-    return alpha_t * missed**gamma * cross_entropy
+def match_batch(
+    anchors: Tensor,
+    targets: Sequence[TensorTarget],
+    config: LossConfig,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Each image's matches [N, A]: the object of each anchor, BACKGROUND or IGNORED. sizes, seed: as above."""
+    thresholds = {"fg_iou_threshold": config.fg_iou_threshold, "bg_iou_threshold": config.bg_iou_threshold}
+    if config.border_anchors == "ignored":
+        if sizes is None:
+            raise ValueError('border_anchors "ignored" needs the sizes of the images')
+        matches = [
+            match_inside(anchors, target.boxes, target.ignored, size, **thresholds)
+            for target, size in zip(targets, sizes, strict=True)
+        ]
+    else:
+        matches = [match(anchors, target.boxes, target.ignored, **thresholds) for target in targets]
+    if config.sampled_anchors:
+        generator = torch.Generator().manual_seed(seed)
+        most = int(config.sampled_anchors * config.sampled_positives)
+        matches = [draw_anchors(each, config.sampled_anchors, most, generator) for each in matches]
+    return torch.stack(matches)
 
 
 def _classification_loss(logits: Tensor, matches: Tensor, columns: Tensor, config: LossConfig) -> Tensor:
     """Sum over one image's anchors [A, K] that are not ignored."""
-    truth = torch.zeros_like(logits)
-    positive = (matches >= 0).nonzero().squeeze(1)
-    truth[positive, columns[matches[positive]]] = 1
-    loss = focal_loss(logits, truth, alpha=config.focal_alpha, gamma=config.focal_gamma).sum(dim=1)
-    return loss.masked_fill(matches == IGNORED, 0).sum()
+    rows = (matches >= 0).nonzero().squeeze(1)
+    positive = rows, columns[matches[rows]]
+    return focal_loss_sum(logits, positive, matches == IGNORED, alpha=config.focal_alpha, gamma=config.focal_gamma)
 
 
 def _box_loss(deltas: Tensor, anchors: Tensor, matches: Tensor, boxes: Tensor, config: LossConfig) -> Tensor:
@@ -97,9 +125,3 @@ def _box_loss(deltas: Tensor, anchors: Tensor, matches: Tensor, boxes: Tensor, c
         return loss
     beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
     return F.smooth_l1_loss(deltas, encode_boxes(boxes, anchors), beta=beta, reduction="sum")
-
-
-def _normalise(sums: Tensor, positives: Tensor, config: LossConfig) -> Tensor:
-    if config.normaliser == "batch":
-        return sums.sum() / positives.sum().clamp(min=1)
-    return (sums / positives.clamp(min=1)).mean()

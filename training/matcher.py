@@ -4,6 +4,10 @@ An anchor belongs to the object that it overlaps most: positive from `fg_iou_thr
 `bg_iou_threshold`, ignored between. Each object also keeps the anchors that overlap it best, however little, so
 that none is left without. Source: Lin et al. 2017 (Focal Loss) §4 "Anchors"; the best-anchor rule as in Faster
 R-CNN (Ren et al. 2015, §3.1.2).
+
+What the region proposal network adds (Ren et al. 2015, §3.1.3): anchors that cross the picture's border are ignored,
+and of the others a few are drawn, half of them positive. Here both turn anchors into IGNORED ones, so the losses need
+not know of them.
 """
 
 import torch
@@ -36,6 +40,48 @@ def match(
     best_of_box = iou.amax(dim=1, keepdim=True)
     positive |= ((iou == best_of_box) & (best_of_box > 0)).any(dim=0)
     return torch.where(positive, best_box, matches)
+
+
+def match_inside(
+    anchors: Tensor,
+    boxes: Tensor,
+    ignored: Tensor,
+    size: tuple[int, int],
+    *,
+    fg_iou_threshold: float,
+    bg_iou_threshold: float,
+) -> Tensor:
+    """`match` among the anchors that lie inside a picture of `size` (height, width) at the canvas's top left corner;
+    the others are IGNORED, and no object's best."""
+    height, width = size
+    inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2] <= width) & (anchors[:, 3] <= height)
+    matches = torch.full((len(anchors),), IGNORED, device=anchors.device)
+    matches[inside] = match(
+        anchors[inside], boxes, ignored, fg_iou_threshold=fg_iou_threshold, bg_iou_threshold=bg_iou_threshold
+    )
+    return matches
+
+
+def draw_anchors(matches: Tensor, num_anchors: int, max_positives: int, generator: torch.Generator) -> Tensor:
+    """The matches with all but `num_anchors` anchors IGNORED: at most `max_positives` of them positive, the rest
+    background; fewer where there are not so many.
+
+    matches    int64 [A], as `match` returns them
+    generator  on the CPU, whatever the device of the matches: its seed alone decides what is drawn
+    """
+    positives = (matches >= 0).nonzero().squeeze(1)
+    background = (matches == BACKGROUND).nonzero().squeeze(1)
+    positives = _draw(positives, max_positives, generator)
+    background = _draw(background, num_anchors - len(positives), generator)
+    drawn = torch.cat([positives, background])
+    kept = torch.full_like(matches, IGNORED)
+    kept[drawn] = matches[drawn]
+    return kept
+
+
+def _draw(indices: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(len(indices), generator=generator)[:most]
+    return indices[order.to(indices.device)]
 
 
 def _share_inside(anchors: Tensor, regions: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """fp32 ONNX -> int8 ONNX for CPUs: QDQ form, activations uint8, weights int8 for each output channel (U8S8).
 
 The ranges of activations come from pictures of the data set at the size that is served. Only the network is quantised:
-what comes before the first convolution and after the last stays fp32. With VNNI (x86 since 2019) this is the fastest
-form on a CPU; on older x86 its products can saturate, and both speed and AP must be measured there. int8 activations
-(S8S8) are slower on x86 and not offered.
+what comes before the first convolution and after the last stays fp32. With VNNI (servers' x86 since 2019, AMD's since
+Zen 4) this is the fastest form on a CPU. Without it the kernels add two products of 8 bits each in 16, where they can
+saturate: 2 × 255 × 127 does not fit, 2 × 255 × 63 does. `reduce_range` therefore leaves weights 7 bits, which is exact
+on every CPU and costs some precision on all; less speed is to be won without VNNI. int8 activations (S8S8) are
+slower on x86 and not offered.
 """
 
 import tempfile
@@ -23,8 +25,12 @@ PREDICTORS = ("cls_logits", "bbox_reg")
 """The output layers, by the names of their weights."""
 
 
-def quantise(model: onnx.ModelProto, canvases: Iterable[CanvasImage], *, keep_predictors: bool) -> onnx.ModelProto:
-    """keep_predictors: the two output layers stay fp32, which costs speed and may save AP."""
+def quantise(
+    model: onnx.ModelProto, canvases: Iterable[CanvasImage], *, keep_predictors: bool, reduce_range: bool = False
+) -> onnx.ModelProto:
+    """keep_predictors  the two output layers stay fp32, which saves AP
+    reduce_range        weights of 7 bits, for CPUs without VNNI
+    """
     nodes = [node for node in network_nodes(model) if node.op_type in QUANTISED_OPERATORS]
     if keep_predictors:
         nodes = [node for node in nodes if not _is_predictor(node)]
@@ -40,6 +46,7 @@ def quantise(model: onnx.ModelProto, canvases: Iterable[CanvasImage], *, keep_pr
             op_types_to_quantize=list(QUANTISED_OPERATORS),
             nodes_to_quantize=[node.name for node in nodes],
             per_channel=True,
+            reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,

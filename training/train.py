@@ -1,58 +1,44 @@
 """The training loop: batches in, checkpoints out.
 
-A run folder holds `last.pt` (to go on from), `best.pt` (by AP), and `metrics.jsonl` (one line for every LOG_EVERY
-steps and every evaluation). A step's samples, learning rate and batch-norm state depend only on its number, so a
-resumed run is the run it resumes.
+A run folder holds `last.pt` (to go on from), `best.pt` (by AP), `metrics.jsonl` (one line for every `log_every` steps
+and every evaluation), `report/` (a page to look at) and `tensorboard/`. A step's samples, learning rate and batch-norm
+state depend only on its number, so a resumed run is the run it resumes. Run by torchrun, every process computes a share
+of each step, and the gradients are those of the whole step.
 """
 
-import copy
-import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.candidates import CandidateDetector, Normalise
-from model.metadata import Label
-from model.retinanet import RetinaNet
-from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from training.coco import CocoDataSet
-from training.config import OptimiserConfig, TrainConfig
-from training.data import load_batches
-from training.evaluate import ApReport, Predictor, evaluate, torch_run
+from model.retinanet import Predictions
+from training.checkpoint import Checkpoint, save_checkpoint
+from training.coco import CocoDataSet, InvalidDataSet
+from training.config import TrainConfig
+from training.data import load_batches, sampling_seed
+from training.distributed import ALONE, Ranks, gradients_kept, in_parallel
+from training.evaluate import ApReport, evaluate, refuse_unknown_labels, torch_predictor
 from training.losses import Losses, retinanet_losses
+from training.optimiser import memory_format, peak_learning_rate, set_learning_rate, set_train_mode, update_average
+from training.record import Record
+from training.state import TrainState, start_or_resume, to_checkpoint
+from training.stopping import LossWatch, StopRequest, Terminated, TrainingDiverged
 from training.transforms import Batch
+from training.watch import EvaluationWatch, Seen
 
 log = logging.getLogger(__name__)
-LOG_EVERY = 20
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss is no longer a number; the text says at which step, and where the last good weights are."""
-
-
-class RunFolderInUse(ValueError):
-    """The folder holds a run; `--resume` goes on with it."""
-
-
-@dataclass
-class TrainState:
-    """What changes from step to step."""
-
-    network: RetinaNet
-    averaged: RetinaNet | None
-    """The moving average of the weights, or None."""
-    optimiser: torch.optim.Optimizer
-    step: int = 0
-    best: tuple[int, float] = (0, -1.0)
-    """Pictures and AP of the best evaluation: more pictures win over fewer, then the higher AP."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+RUNNING_MEAN_KEEPS = 0.9
+"""Of the mean number of positives at each step, with `normaliser="running"` (detectron2's)."""
 
 
 def train(
@@ -65,204 +51,251 @@ def train(
     workers: int,
     resume: bool,
     notes: Mapping[str, str],
+    ranks: Ranks = ALONE,
+    init: Checkpoint | None = None,
 ) -> ApReport:
-    """Train to the last step and return its AP. RunFolderInUse, TrainingDiverged, InvalidDataSet, InvalidCheckpoint."""
-    state = _start_or_resume(config, training_set.labels, out, device, resume=resume)
-    run = _Run(config, training_set, validation_set, out, device, notes)
-    batches = load_batches(training_set, config, first_step=state.step, workers=workers)
-    report = None
-    with tqdm(total=config.steps, initial=state.step, desc=out.name, unit="step", smoothing=0.05) as progress:
+    """Train to the last step and return its AP. `init` holds the weights of step 0; None: random ones.
+
+    RunFolderInUse, InvalidDataSet, InvalidCheckpoint: it cannot start. TrainingDiverged, CheckpointNotWritten,
+    RankLost, Terminated: it ended before; last.pt is the last good state, and --resume goes on from it.
+    """
+    check_data(training_set, validation_set)
+    state = start_or_resume(config, training_set.labels, out, device, ranks, resume=resume, init=init)
+    record = Record(out, config, training_set, state.step) if ranks.is_first else None
+    run = Run(
+        config, training_set, validation_set, out, device, notes, ranks, in_parallel(state.network, ranks), record
+    )
+    run.log_scale()
+    batches = load_batches(
+        training_set,
+        config,
+        first_step=state.step,
+        workers=workers,
+        ranks=ranks,
+        pin_memory=device.type == "cuda",
+    )
+    with (
+        StopRequest().heeded() as stop,
+        closing(record) if record else nullcontext(),
+        tqdm(
+            total=config.steps,
+            initial=state.step,
+            desc=out.name,
+            unit="step",
+            smoothing=0.05,
+            disable=not ranks.is_first,
+        ) as progress,
+    ):
+        run.evaluate_if_due(state, stop)
         for batch, data_seconds in _timed(batches):
             losses = run.step(state, batch)
             run.log_losses(state, losses, data_seconds, progress)
-            if _due(state.step, config.evaluate_every) and state.step < config.steps:
-                report = run.evaluate(state, limit=config.evaluate_images)
+            if ranks.any(stop.came):
+                run.save(state, "last.pt")
+                ranks.any(False)  # the first to leave ends the others, and rank 0 is writing
+                raise Terminated(f"SIGTERM: stopped after step {state.step}; --resume goes on from {out / 'last.pt'}")
+            run.evaluate_if_due(state, stop)
             if _due(state.step, config.checkpoint_every):
-                run.save(state, "last.pt", report)
-    report = run.evaluate(state, limit=0)
-    run.save(state, "last.pt", report)
+                run.save(state, "last.pt")
+        report = run.evaluate(state, stop, limit=0)
+    run.save(state, "last.pt")
     return report
 
 
+def check_data(training_set: CocoDataSet, validation_set: CocoDataSet) -> None:
+    """InvalidDataSet: there is nothing to learn, or validation has labels that training lacks."""
+    columns = np.concatenate([picture.target.columns for picture in training_set.pictures])
+    if not len(columns):
+        raise InvalidDataSet(f"{training_set.annotation_file} has no objects, so there is nothing to learn from it")
+    refuse_unknown_labels(training_set.labels, validation_set)
+    absent = [label.label for column, label in enumerate(training_set.labels) if column not in columns]
+    if absent:
+        log.warning("%s has no objects of %s", training_set.annotation_file, ", ".join(absent))
+
+
 @dataclass
-class _Run:
+class Run:
+    """One run: what it is made of, and what it does with a state."""
+
     config: TrainConfig
     training_set: CocoDataSet
     validation_set: CocoDataSet
     out: Path
     device: torch.device
     notes: Mapping[str, str]
+    ranks: Ranks
+    forward: nn.Module
+    """The network, with gradients that are shared among the ranks."""
+    record: Record | None = None
+    """What is shown of the run; rank 0 has it."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.normalise = Normalise().to(self.device)
+        self.watch = LossWatch(self.config.divergence_factor)
+        self.unreadable: set[str] = set()
 
     def step(self, state: TrainState, batch: Batch) -> Losses:
-        """One update of the weights."""
+        """One update of the weights. The losses are those of the whole step, over all parts and ranks."""
         started = time.perf_counter()
+        self._name_unreadable(batch)
         set_learning_rate(state.optimiser, self.config, state.step)
         set_train_mode(state.network, self.config, state.step)
-        losses = self._losses(state, batch)
-        if not math.isfinite(losses.total.item()):
-            raise TrainingDiverged(
-                f"step {state.step + 1}: classification loss {losses.classification.item():.4g}, box loss "
-                f"{losses.box.item():.4g}. The last good weights are in {self.out / 'last.pt'}; "
-                f"a lower --learning-rate, more --warmup-steps or --gradient-clip may help."
-            )
         state.optimiser.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses = self._backward(state, batch)
+        try:
+            self.watch.check(state.step + 1, losses)
+        except TrainingDiverged as error:
+            raise self._diverged(str(error)) from None
         if self.config.optimiser.gradient_clip:
+            state.scaler.unscale_(state.optimiser)
             nn.utils.clip_grad_norm_(state.network.parameters(), self.config.optimiser.gradient_clip)
-        state.optimiser.step()
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
         state.step += 1
         if state.averaged is not None:
             update_average(state.averaged, state.network, self.config.optimiser.ema_decay, state.step)
         self.seconds += time.perf_counter() - started
         return losses
 
+    def _backward(self, state: TrainState, batch: Batch) -> Losses:
+        """Gradients of the step's total loss. Its divisor is known only when its last part is computed: until then the
+        gradients are those of the parts so far."""
+        canvas = self.ranks.max(torch.tensor(batch.canvas, device=self.device)).tolist()
+        parts = batch.padded_to((canvas[0], canvas[1])).split(self.config.accumulate_steps)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        divisor = torch.ones_like(sums[2])
+        for part in parts:
+            with gradients_kept(self.forward, apart=part is not parts[-1]):
+                losses = self._losses(state, part)
+                own = torch.stack([losses.classification_sum, losses.box_sum, losses.divisor.to(losses.box_sum.dtype)])
+                sums += self.ranks.sum(own.detach().double())
+                before, divisor = divisor, self._divisor(state, sums[2])
+                if part is not parts[0]:
+                    _scale_gradients(state.network, before / divisor)
+                share = (losses.classification_sum + losses.box_sum) * (self.ranks.size / divisor)
+                state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        if self.config.loss.normaliser == "running":
+            state.mean_positives = divisor.item()
+        return Losses(sums[0], sums[1], divisor)
+
     def _losses(self, state: TrainState, batch: Batch) -> Losses:
         network = state.network
-        images = self.normalise(batch.images.to(self.device), batch.sizes.to(self.device))
-        outputs = network(images.contiguous(memory_format=torch.channels_last))
-        canvas = (batch.images.shape[1], batch.images.shape[2])
-        anchors = torch.cat(network.anchors(canvas, outputs.grids))
-        targets = [target.to(self.device) for target in batch.targets]
-        return retinanet_losses(network.flatten(outputs), anchors, targets, self.config.loss)
+        pixels = batch.images.to(self.device, non_blocking=True)
+        images = self.normalise(pixels, batch.sizes.to(self.device)).to(network.dtype)
+        precision = AUTOCAST.get(self.config.precision)
+        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+            outputs = self.forward(images.contiguous(memory_format=memory_format(self.config, self.device)))
+        predictions = network.flatten(outputs)
+        predictions = Predictions(
+            predictions.cls_logits.to(network.dtype), predictions.bbox_regression.to(network.dtype)
+        )
+        anchors = torch.cat(network.anchors(batch.canvas, outputs.grids))
+        targets = [target.to(self.device, network.dtype) for target in batch.targets]
+        return retinanet_losses(
+            predictions,
+            anchors,
+            targets,
+            self.config.loss,
+            sizes=[(height, width) for height, width in batch.sizes.tolist()],
+            seed=sampling_seed(self.config.seed, state.step),
+        )
 
-    def evaluate(self, state: TrainState, *, limit: int) -> ApReport:
-        """AP of the weights that export would take; keeps the best in best.pt."""
-        network = state.averaged or state.network
-        detector = CandidateDetector(network, self.training_set.labels).to(self.device).eval()
-        predictor = Predictor(torch_run(detector), self.training_set.labels, self.config.resize)
-        report = evaluate(predictor, self.validation_set, limit=limit)
-        self._append({"step": state.step, "ap": report.ap, "ap50": report.ap50, "pictures": report.num_images})
-        if (report.num_images, report.ap) >= state.best:
+    def _divisor(self, state: TrainState, counted: Tensor) -> Tensor:
+        if self.config.loss.normaliser == "running":
+            return RUNNING_MEAN_KEEPS * state.mean_positives + (1 - RUNNING_MEAN_KEEPS) * counted.clamp(min=1)
+        return counted.clamp(min=1)
+
+    def evaluate_if_due(self, state: TrainState, stop: StopRequest) -> None:
+        if _due(state.step, self.config.evaluate_every) and state.evaluated < state.step < self.config.steps:
+            self.evaluate(state, stop, limit=self.config.evaluate_images)
+
+    def evaluate(self, state: TrainState, stop: StopRequest, *, limit: int) -> ApReport:
+        """AP of the weights that export would take; keeps the best in best.pt. It takes long: last.pt comes first."""
+        self.save(state, "last.pt")
+        labels, network = self.training_set.labels, state.best_network
+        watch = EvaluationWatch(network, labels, self.validation_set, self.config, limit=limit)
+        with stop.at_once(), watch.watching():
+            detector = CandidateDetector(network, labels).to(self.device).eval()
+            report = evaluate(
+                torch_predictor(detector, labels, self.config),
+                self.validation_set,
+                limit=limit,
+                skip_unreadable=self.config.unreadable == "skip",
+                ranks=self.ranks,
+                look=watch,
+            )
+            seen = Seen(report, watch.losses, watch.pictures).gathered(self.ranks)
+        state.evaluated, state.report = state.step, report
+        if state.is_best(report):
             state.best = report.num_images, report.ap
-            self.save(state, "best.pt", report)
+            self.save(state, "best.pt")
+        if self.record:
+            self.record.add_evaluation(state.step, seen)
         return report
 
-    def save(self, state: TrainState, name: str, report: ApReport | None) -> None:
-        checkpoint = Checkpoint(
-            config=self.config,
-            labels=self.training_set.labels,
-            model=state.network.state_dict(),
-            ema=None if state.averaged is None else state.averaged.state_dict(),
-            step=state.step,
-            ap=None if report is None or math.isnan(report.ap) else report.ap,
-            data_set=str(self.training_set.annotation_file.parent.parent.name),
-            training=self.notes,
-            optimiser={"state": state.optimiser.state_dict(), "best": list(state.best)},
+    def save(self, state: TrainState, name: str) -> None:
+        """Rank 0 writes. TrainingDiverged, and nothing is written, if the weights are no longer numbers."""
+        if not state.is_finite():
+            raise self._diverged(f"the update of step {state.step} made weights that are no numbers")
+        if self.ranks.is_first:
+            data_set = self.training_set.annotation_file.parent.parent.name
+            save_checkpoint(
+                to_checkpoint(state, self.config, self.training_set.labels, data_set, self.notes), self.out / name
+            )
+
+    def log_scale(self) -> None:
+        optimiser = self.config.optimiser
+        log.info(
+            "learning rate %g = %g for %d images a step x %d / %d; %d process(es), %s, %d part(s) a step",
+            peak_learning_rate(self.config),
+            optimiser.learning_rate,
+            optimiser.reference_batch_size,
+            self.config.batch_size,
+            optimiser.reference_batch_size,
+            self.ranks.size,
+            self.config.precision,
+            self.config.accumulate_steps,
         )
-        save_checkpoint(checkpoint, self.out / name)
 
     def log_losses(self, state: TrainState, losses: Losses, data_seconds: float, progress: Any) -> None:
         progress.update()
-        if not _due(state.step, LOG_EVERY):
+        if not _due(state.step, self.config.log_every):
             return
         classification, box = losses.classification.item(), losses.box.item()
         rate = state.optimiser.param_groups[0]["lr"]
-        progress.set_postfix(cls=f"{classification:.3f}", box=f"{box:.3f}", lr=f"{rate:.1e}")
+        waiting = data_seconds / (data_seconds + self.seconds / self.config.log_every)
+        progress.set_postfix(cls=f"{classification:.3f}", box=f"{box:.3f}", lr=f"{rate:.1e}", data=f"{waiting:.0%}")
         entry = {
             "step": state.step,
             "classification_loss": classification,
             "box_loss": box,
             "learning_rate": rate,
             "data_seconds": round(data_seconds, 4),
-            "step_seconds": round(self.seconds / LOG_EVERY, 4),
+            "step_seconds": round(self.seconds / self.config.log_every, 4),
         }
         self.seconds = 0.0
-        self._append(entry)
+        if self.record:
+            self.record.add(entry)
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+    def _name_unreadable(self, batch: Batch) -> None:
+        for problem in batch.unreadable:
+            if problem not in self.unreadable:
+                self.unreadable.add(problem)
+                log.warning("skipped, another picture stands in (%d so far): %s", len(self.unreadable), problem)
 
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the update that follows `step` updates: linear warm-up, then milestones or a cosine."""
-    optimiser = config.optimiser
-    peak = optimiser.learning_rate * config.batch_size / optimiser.reference_batch_size
-    if step < optimiser.warmup_steps:
-        return peak * (step + 1) / optimiser.warmup_steps
-    if optimiser.schedule == "steps":
-        return float(peak * 0.1 ** sum(step >= milestone * config.steps for milestone in optimiser.milestones))
-    done = (step - optimiser.warmup_steps) / max(1, config.steps - optimiser.warmup_steps)
-    return peak * (1 + math.cos(math.pi * done)) / 2
-
-
-def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate(config, step)
-
-
-def set_train_mode(network: nn.Module, config: TrainConfig, step: int) -> None:
-    """Training mode, but batch norm by its running statistics once `freeze_batch_norm_from` of the steps are done."""
-    network.train()
-    if step >= config.optimiser.freeze_batch_norm_from * config.steps:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-
-def build_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """Weight decay applies to convolutions' weights only: not to biases and norms."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if config.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    def _diverged(self, cause: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{cause}. The last good weights are in {self.out / 'last.pt'}, if a checkpoint was due; "
+            f"a lower --learning-rate, more --warmup-steps or --gradient-clip may help."
+        )
 
 
 @torch.no_grad()
-def update_average(averaged: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the weights; faster in the first steps, so that it soon forgets the random start."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for average, value in zip(_tensors(averaged), _tensors(network), strict=True):
-        if average.is_floating_point():
-            average.lerp_(value, 1 - decay)
-        else:
-            average.copy_(value)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _start_or_resume(
-    config: TrainConfig, labels: tuple[Label, ...], out: Path, device: torch.device, *, resume: bool
-) -> TrainState:
-    last = out / "last.pt"
-    if last.exists() and not resume:
-        raise RunFolderInUse(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    resuming = last.exists()
-    network = RetinaNet(config.model, len(labels), pretrained_backbone=config.pretrained_backbone and not resuming).to(
-        device, memory_format=torch.channels_last
-    )  # type: ignore[call-overload]
-    averaged = copy.deepcopy(network).eval() if config.optimiser.ema_decay else None
-    state = TrainState(network, averaged, build_optimiser(network, config.optimiser))
-    if resuming:
-        _restore(state, load_checkpoint(last), config, labels)
-    return state
-
-
-def _restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, labels: tuple[Label, ...]) -> None:
-    if checkpoint.config != config or checkpoint.labels != labels:
-        raise RunFolderInUse("the run was started with other settings or labels; resume it with the same ones")
-    assert checkpoint.optimiser is not None
-    state.network.load_state_dict(dict(checkpoint.model))
-    if state.averaged is not None and checkpoint.ema is not None:
-        state.averaged.load_state_dict(dict(checkpoint.ema))
-    state.optimiser.load_state_dict(checkpoint.optimiser["state"])
-    state.step = checkpoint.step
-    num_images, ap = checkpoint.optimiser["best"]
-    state.best = num_images, ap
-    log.info("resumed at step %d", state.step)
+def _scale_gradients(network: nn.Module, factor: Tensor) -> None:
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

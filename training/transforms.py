@@ -7,10 +7,12 @@ function of its key.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,6 +28,8 @@ from training.config import AugmentConfig
 class Sample:
     pixels: Pixels
     target: Target
+    unreadable: tuple[str, ...] = ()
+    """What was wrong with the pictures that this one stands in for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,34 @@ class Batch:
     sizes: Tensor
     """int64 [N, 2] (height, width) of each image in it."""
     targets: list["TensorTarget"]
+    unreadable: tuple[str, ...] = ()
+    """What was wrong with the pictures in whose place others are here."""
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) of the padded images."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def padded_to(self, canvas: tuple[int, int]) -> "Batch":
+        """The same images on a canvas (height, width) at least as large."""
+        if canvas == self.canvas:
+            return self
+        below, right = canvas[0] - self.canvas[0], canvas[1] - self.canvas[1]
+        return replace(self, images=F.pad(self.images, (0, 0, 0, right, 0, below)))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """As even parts, in order. ValueError: there are fewer images than parts."""
+        if len(self.targets) < parts:
+            raise ValueError(f"{len(self.targets)} images cannot be computed in {parts} parts")
+        edges = [len(self.targets) * part // parts for part in range(parts + 1)]
+        return [
+            Batch(self.images[start:end], self.sizes[start:end], self.targets[start:end])
+            for start, end in pairwise(edges)
+        ]
+
+    def pin_memory(self) -> "Batch":
+        """Called by the data loader for a GPU: copies from pinned memory do not wait."""
+        return replace(self, images=self.images.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +77,8 @@ class TensorTarget:
     columns: Tensor
     ignored: Tensor
 
-    def to(self, device: torch.device) -> "TensorTarget":
-        return TensorTarget(self.boxes.to(device), self.columns.to(device), self.ignored.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "TensorTarget":
+        return TensorTarget(self.boxes.to(device, dtype), self.columns.to(device), self.ignored.to(device, dtype))
 
 
 def augment(
@@ -55,7 +87,7 @@ def augment(
     """Flip, resize with jitter, crop if a crop size is given, and change the colours."""
     sample = random_flip(sample, config, rng)
     sample = random_resize(sample, config, resize, rng, crop_size)
-    return Sample(random_colour(sample.pixels, config, rng), sample.target)
+    return replace(sample, pixels=random_colour(sample.pixels, config, rng))
 
 
 def random_flip(sample: Sample, config: AugmentConfig, rng: Generator) -> Sample:
@@ -71,7 +103,7 @@ def random_flip(sample: Sample, config: AugmentConfig, rng: Generator) -> Sample
     if rng.random() < config.transpose:
         pixels = pixels.transpose(1, 0, 2)
         target = _map_boxes(target, lambda b: b[:, [1, 0, 3, 2]])
-    return Sample(np.ascontiguousarray(pixels), target)
+    return replace(sample, pixels=np.ascontiguousarray(pixels), target=target)
 
 
 def random_resize(
@@ -85,12 +117,13 @@ def random_resize(
     new_height, new_width = (max(1, int(side * jitter)) for side in resized_size(height, width, policy))
     if crop_size is None:
         pixels = cv2.resize(sample.pixels, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
-        return Sample(pixels, _scale_boxes(sample.target, new_width / width, new_height / height))
+        target = _scale_boxes(sample.target, new_width / width, new_height / height)
+        return replace(sample, pixels=pixels, target=target)
     crop = min(crop_size, new_height), min(crop_size, new_width)
     target = _scale_boxes(sample.target, new_width / width, new_height / height)
     top, left = _crop_corner(target, (new_height, new_width), crop, config.crop_on_object, rng)
     pixels = _resized_window(sample.pixels, (new_height, new_width), (top, left), crop)
-    return Sample(pixels, _crop_boxes(target, (top, left), crop, config.min_visible))
+    return replace(sample, pixels=pixels, target=_crop_boxes(target, (top, left), crop, config.min_visible))
 
 
 def random_colour(pixels: Pixels, config: AugmentConfig, rng: Generator) -> Pixels:
@@ -115,7 +148,8 @@ def collate(samples: Sequence[Sample], divisor: int) -> Batch:
         TensorTarget(*(torch.from_numpy(a) for a in (s.target.boxes, s.target.columns, s.target.ignored)))
         for s in samples
     ]
-    return Batch(torch.from_numpy(images), torch.tensor(sizes), targets)
+    unreadable = tuple(problem for sample in samples for problem in sample.unreadable)
+    return Batch(torch.from_numpy(images), torch.tensor(sizes), targets, unreadable)
 
 
 def _crop_corner(

@@ -1,0 +1,129 @@
+"""Several processes that train as one: `torchrun --nproc-per-node N -m training train ...` starts them.
+
+Every process has a rank and computes its share of each step; sums over ranks make the losses, and so the gradients,
+those of the whole step. Rank 0 alone writes. All ranks call the same collectives in the same order; a process that is
+gone ends the others with `RankLost` instead of a hang.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest wait for another rank: rank 0 computes AP meanwhile, a minute for COCO."""
+SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
+"""In the messages of torch's collectives, which have no exception class of their own on the CPU."""
+Item = TypeVar("Item")
+
+
+class RankLost(RuntimeError):
+    """Another process of the run died or hangs."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Without torchrun: alone."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    """Where the collectives take their tensors."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """Every item belongs to one rank; the counts differ by at most one."""
+        return list(items[self.rank :: self.size])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on one of the ranks. All wait for one another."""
+        return bool(self.sum(torch.tensor(int(value), device=self.device)))
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all ranks, rank by rank, on every rank."""
+        if self.size == 1:
+            return list(items)
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, list(items))
+        return [item for part in gathered for item in part]
+
+    def from_first(self, value: Item | None) -> Item:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        assert box[0] is not None
+        return box[0]
+
+
+ALONE = Ranks()
+
+
+def in_parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
+    """The network with gradients that are the mean over all ranks; the same module where there is one rank."""
+    return network if ranks.size == 1 else DistributedDataParallel(network)
+
+
+@contextmanager
+def gradients_kept(network: nn.Module, *, apart: bool) -> Iterator[None]:
+    """Inside, backward adds to this rank's gradients, and they meet the other ranks' only if not `apart`."""
+    with network.no_sync() if apart and isinstance(network, DistributedDataParallel) else nullcontext():
+        yield
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, gloo on the CPU and NCCL on GPUs; alone where it started none.
+
+    RankLost: a collective failed, because another process died or did not answer within TIMEOUT.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), str(device))
+        dist.destroy_process_group()  # not after an error: it may wait for those who are gone
+    except RuntimeError as error:
+        if not _tells_of_loss(error):
+            raise
+        raise RankLost(
+            f"rank {os.environ['RANK']} stops: another process of the run died or hangs, its own message says why. "
+            f"--resume goes on from last.pt. ({str(error).strip().splitlines()[0][:160]})"
+        ) from error
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process: torchrun's local rank counts them."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def _tells_of_loss(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS_OF_LOSS)

@@ -1,0 +1,156 @@
+"""A run to look at: `RUN/report/index.html`, one page that holds its pictures, and the same pictures as files beside.
+
+It is written before the first step (whether the anchors fit) and after each evaluation, from `metrics.jsonl` and what
+the evaluation saw. Each file gets its name when it is complete, so the page can be opened at any moment of a run.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from training.anchor_fit import AnchorFit
+from training.evaluate import ApReport
+from training.plots import (
+    FOUND,
+    MISSED,
+    SHOWN_SCORE,
+    WRONG,
+    anchors_and_objects,
+    ap_by_class,
+    detections_and_truth,
+    precision_recall,
+    training_curves,
+)
+from training.watch import Seen
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+img { max-width: 100%; height: auto } figure { margin: 0 } figcaption { font-size: .85rem; color: #555 }
+table { border-collapse: collapse } th, td { padding: .15rem .9rem .15rem 0; text-align: right }
+th:first-child, td:first-child { text-align: left } th { border-bottom: 1px solid #ccc; font-weight: 600 }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 1rem }
+.key { color: white; padding: 0 .4rem; border-radius: .2rem } pre { white-space: pre-wrap; font-size: .85rem }
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{style}</style></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+class Report:
+    """The report of the run in `out`."""
+
+    def __init__(self, out: Path, fit: AnchorFit, names: Mapping[int, str], settings: Mapping[str, Any]) -> None:
+        """`names`: of the category ids; `settings`: the configuration."""
+        self._out, self._fit, self._names, self._settings = out, fit, names, settings
+        self._fit_image = anchors_and_objects(fit)
+
+    def write(self, seen: Seen | None = None) -> None:
+        """Write it again, with what the last evaluation saw."""
+        folder = self._out / "report"
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = read_metrics(self._out / "metrics.jsonl")
+        sections: list[str] = []
+        if seen is not None:
+            sections += [_figures(seen.ap), *_curves(folder, entries, seen), *_pictures(folder, seen, self._names)]
+        settings = json.dumps(self._settings, indent=1)
+        sections += [
+            "<h2>Do the anchors fit?</h2>",
+            f"<p>{escape(self._fit.summary())}.</p>",
+            _image(folder, "anchors.png", self._fit_image, "objects as they lie on the canvas"),
+            f"<details><summary>in figures</summary><pre>{escape(self._fit.table())}</pre></details>",
+            "<h2>Settings</h2>",
+            f"<details><summary>all values</summary><pre>{escape(settings)}</pre></details>",
+        ]
+        title = f"{self._out.name}: {_state(entries, seen)}"
+        page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(sections))
+        write_whole(folder / "index.html", page.encode())
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a step that a resumed run made again counts as it came last."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    entries: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in lines:
+        with suppress(json.JSONDecodeError):  # a run that was killed may have left half a line, and gone on behind it
+            entry = json.loads(line)
+            entries[entry["step"], "ap" in entry] = entry
+    return [entries[key] for key in sorted(entries)]
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write the file or leave the old one as it was."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _state(entries: Sequence[Mapping[str, Any]], seen: Seen | None) -> str:
+    if seen is None:
+        return "before its first evaluation"
+    return f"AP {seen.ap.ap:.3f} on {seen.ap.num_images} pictures after {entries[-1]['step']:,} steps"
+
+
+def _figures(ap: ApReport) -> str:
+    columns = {
+        "AP@[.50:.95]": ap.ap,
+        "AP50": ap.ap50,
+        "AP75": ap.ap75,
+        "small": ap.ap_small,
+        "medium": ap.ap_medium,
+        "large": ap.ap_large,
+        "recall at 100": ap.recall_100,
+    }
+    heads = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    cells = "".join(f"<td>{value:.3f}</td>" for value in columns.values())
+    return f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
+
+
+def _pictures(folder: Path, seen: Seen, names: Mapping[int, str]) -> list[str]:
+    keys = ((FOUND, "found"), (WRONG, "not there, or of another class"), (MISSED, "missed"))
+    legend = " ".join(f'<span class="key" style="background:{colour}">{text}</span>' for colour, text in keys)
+    images = [
+        _image(folder, f"picture-{number:02}.jpg", detections_and_truth(shown, names), shown.name)
+        for number, shown in enumerate(seen.pictures, start=1)
+    ]
+    return [
+        "<h2>Validation pictures</h2>",
+        f"<p>Detections of score {SHOWN_SCORE:g} or more: {legend}</p>",
+        f'<div class="pictures">{"".join(images)}</div>',
+    ]
+
+
+def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], seen: Seen) -> list[str]:
+    return [
+        "<h2>Training</h2>",
+        _image(folder, "training.png", training_curves(entries), "dashed: validation pictures, whole, as they are"),
+        "<h2>Precision and recall</h2>",
+        _image(folder, "precision-recall.png", precision_recall(seen.ap), "COCO's: 101 recalls, 100 detections"),
+        "<h2>Classes and sizes</h2>",
+        _image(folder, "ap.png", ap_by_class(seen.ap), "small is below 32² pixels of the picture, large above 96²"),
+    ]
+
+
+def _image(folder: Path, name: str, content: bytes, caption: str) -> str:
+    """Write the picture beside the page and return it for the page itself."""
+    write_whole(folder / name, content)
+    media_type = "image/png" if name.endswith(".png") else "image/jpeg"
+    data = base64.b64encode(content).decode()
+    alt = escape(name.partition(".")[0])
+    return (
+        f'<figure><img alt="{alt}" src="data:{media_type};base64,{data}"><figcaption>{escape(caption)}</figcaption>'
+        "</figure>"
+    )

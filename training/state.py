@@ -1,0 +1,144 @@
+"""What a run changes from step to step, and its way into a checkpoint and back."""
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.metadata import Label
+from model.retinanet import RetinaNet
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.evaluate import ApReport
+from training.finetune import freeze_stages, transfer
+from training.optimiser import build_optimiser, memory_format
+
+log = logging.getLogger(__name__)
+
+
+class RunFolderInUse(ValueError):
+    """The folder holds a run; `--resume` goes on with it."""
+
+
+@dataclass
+class TrainState:
+    network: RetinaNet
+    averaged: RetinaNet | None
+    """The moving average of the weights, or None."""
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Keeps the gradients of fp16 above its smallest number; switched off otherwise."""
+    step: int = 0
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    report: ApReport | None = None
+    """Of the last evaluation of this process."""
+    best: tuple[int, float] = (0, -1.0)
+    """Pictures and AP of the best evaluation: more pictures win over fewer, then the higher AP."""
+    mean_positives: float = 100.0
+    """Positive anchors of a step, averaged over the steps before; what `normaliser="running"` starts with."""
+
+    @property
+    def best_network(self) -> RetinaNet:
+        """What evaluation and export take."""
+        return self.averaged or self.network
+
+    def is_best(self, report: ApReport) -> bool:
+        """Where validation has no objects there is no AP, and the last weights are the best."""
+        return math.isnan(report.ap) or (report.num_images, report.ap) >= self.best
+
+    def is_finite(self) -> bool:
+        """Whether all weights and statistics are numbers."""
+        return all(bool(value.isfinite().all()) for value in self.network.state_dict().values())
+
+
+def start_or_resume(
+    config: TrainConfig,
+    labels: tuple[Label, ...],
+    out: Path,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    init: Checkpoint | None = None,
+) -> TrainState:
+    """The state of last.pt, or of step 0, with the weights of `init` where it is given.
+
+    RunFolderInUse: there is a last.pt that is not asked for or does not fit. InvalidCheckpoint: `init` does not fit.
+    """
+    last = out / "last.pt"
+    resuming = ranks.from_first(last.exists())
+    if resuming and not resume:
+        raise RunFolderInUse(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
+    out.mkdir(parents=True, exist_ok=True)
+    state = new_state(config, len(labels), device, ranks, pretrained=config.pretrained_backbone and not resuming)
+    if resuming:
+        _restore(state, load_checkpoint(last), config, labels)
+    elif init is not None:
+        log.info("%s", transfer(state.network, init, labels))
+        if state.averaged is not None:
+            state.averaged.load_state_dict(state.network.state_dict())
+    return state
+
+
+def new_state(
+    config: TrainConfig, num_classes: int, device: torch.device, ranks: Ranks, *, pretrained: bool
+) -> TrainState:
+    torch.manual_seed(config.seed)
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    network = RetinaNet(config.model, num_classes, pretrained_backbone=pretrained)
+    if ranks.size > 1 and device.type == "cuda":  # torch has none for the CPU: there each rank has its own statistics
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    network = network.to(device, dtype, memory_format=memory_format(config, device))  # type: ignore[call-overload]
+    freeze_stages(network, config.freeze_stages)
+    averaged = copy.deepcopy(network).eval() if config.optimiser.ema_decay else None
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    return TrainState(network, averaged, build_optimiser(network, config.optimiser), scaler)
+
+
+def to_checkpoint(
+    state: TrainState, config: TrainConfig, labels: tuple[Label, ...], data_set: str, notes: Mapping[str, str]
+) -> Checkpoint:
+    ap = state.report.ap if state.report is not None and state.evaluated == state.step else math.nan
+    return Checkpoint(
+        config=config,
+        labels=labels,
+        model=state.network.state_dict(),
+        ema=None if state.averaged is None else state.averaged.state_dict(),
+        step=state.step,
+        ap=None if math.isnan(ap) else ap,
+        data_set=data_set,
+        training=notes,
+        optimiser={
+            "state": state.optimiser.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "best": list(state.best),
+            "evaluated": state.evaluated,
+            "mean_positives": state.mean_positives,
+        },
+    )
+
+
+def _restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, labels: tuple[Label, ...]) -> None:
+    if checkpoint.config != config or checkpoint.labels != labels:
+        raise RunFolderInUse("the run was started with other settings or labels; resume it with the same ones")
+    assert checkpoint.optimiser is not None
+    saved = checkpoint.optimiser
+    state.network.load_state_dict(dict(checkpoint.model))
+    if state.averaged is not None and checkpoint.ema is not None:
+        state.averaged.load_state_dict(dict(checkpoint.ema))
+    state.optimiser.load_state_dict(saved["state"])
+    state.scaler.load_state_dict(saved.get("scaler", {}))
+    state.step = checkpoint.step
+    num_images, ap = saved["best"]
+    state.best = num_images, ap
+    # checkpoints of before 2026-11-25 were written after the evaluation of their step and have one kind of normaliser
+    state.evaluated = saved.get("evaluated", checkpoint.step)
+    state.mean_positives = saved.get("mean_positives", state.mean_positives)
+    log.info("resumed at step %d", state.step)

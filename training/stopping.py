@@ -1,0 +1,83 @@
+"""What ends a run before its last step: SIGTERM, and losses that lead nowhere."""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from training.losses import Losses
+
+EXIT_CODE = 128 + signal.SIGTERM
+"""143, what a shell reports of a process that SIGTERM ended; --resume goes on."""
+WATCHED = 20
+"""Steps whose mean loss is compared."""
+
+
+class Terminated(Exception):
+    """SIGTERM came, as clusters and `docker stop` send it; the checkpoint is written."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The losses or weights are no longer numbers, or the losses grow; the text says at which step."""
+
+
+class StopRequest:
+    """Whether SIGTERM came. For the main thread."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._interrupts = False
+
+    @contextmanager
+    def heeded(self) -> Iterator["StopRequest"]:
+        """Take SIGTERM over, and give it back in the end."""
+        before = signal.signal(signal.SIGTERM, self._handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, the signal raises Terminated where the work is: for work that can be thrown away."""
+        self._interrupts = True
+        try:
+            if self.came:
+                raise Terminated
+            yield
+        finally:
+            self._interrupts = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if self._interrupts:
+            raise Terminated
+
+
+@dataclass
+class LossWatch:
+    """Raises TrainingDiverged when a loss is no number, or the mean of WATCHED losses is `factor` times their first."""
+
+    factor: float
+    recent: list[float] = field(default_factory=list)
+    first_mean: float | None = None
+
+    def check(self, step: int, losses: Losses) -> None:
+        total = losses.total.item()
+        if not math.isfinite(total):
+            raise TrainingDiverged(
+                f"step {step}: classification loss {losses.classification.item():.4g}, box loss {losses.box.item():.4g}"
+            )
+        self.recent.append(total)
+        if len(self.recent) < WATCHED:
+            return
+        mean = sum(self.recent) / WATCHED
+        self.recent.clear()
+        if self.first_mean is None:
+            self.first_mean = mean
+        elif self.factor and mean > self.factor * self.first_mean:
+            raise TrainingDiverged(
+                f"step {step}: the mean loss of {WATCHED} steps is {mean:.4g}, and began at {self.first_mean:.4g}"
+            )
