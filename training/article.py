@@ -1,0 +1,271 @@
+"""The article's claims, compared by small training runs that differ in one value: `python -m training article`.
+
+Every row is the `article` preset with some values changed. It is trained in its own run folder, evaluated, and its
+result appended to OUT/results.jsonl, so a run that is stopped goes on where it stopped: finished rows are skipped, the
+one under way resumes. At the end (and whenever the command is repeated) the page is written from what there is; what
+was not run is said to be not run. The rows are the list ROWS; which of them a claim compares, `training.article_page`
+says.
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.coco import CocoDataSet, load_coco
+from training.config import PRESETS, PROPOSAL_LOSS, PROPOSALS, TrainConfig, override
+from training.evaluate import ApReport, Predictor, evaluate, open_predictor
+from training.stopping import TrainingDiverged
+from training.train import train
+
+log = logging.getLogger(__name__)
+TIMED_PICTURES = 50
+PYRAMID_SCALES = (192, 256, 320)
+"""Shorter sides, px: 600, 800 and 1,000 in the measure of the preset's 256."""
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    change: str
+    """In words, for the page."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Of the preset, by the names of their flags."""
+    model_of: str = ""
+    """The row whose model is evaluated; none: this row trains its own."""
+    scales: tuple[int, ...] = ()
+    """Of an image pyramid, in the evaluation."""
+
+    def config(self, steps: int | None) -> TrainConfig:
+        """steps: at most so many."""
+        config = override(PRESETS["article"], self.values)
+        return config if steps is None else replace(config, steps=min(steps, config.steps))
+
+
+CROSS_ENTROPY = {"focal_gamma": 0.0, "focal_alpha": -1.0}
+PAPERS_SGD = {
+    "optimiser": "sgd", "learning_rate": 0.01, "reference_batch_size": 16, "weight_decay": 1e-4, "warmup_steps": 0,
+    "schedule": "steps", "milestones": (1.0,), "gradient_clip": 0.0, "ema_decay": 0.0, "head_norm": "none",
+    "steps": 100,
+}  # fmt: skip
+"""Without what tames a bad start here: warm-up, clipping, norms in the heads, AdamW."""
+RPN = {**vars(PROPOSAL_LOSS), **vars(PROPOSALS), "head": "shared", "head_convs": 1, "p6_from": "pool"}
+RPN_ANCHORS = {"scales": (1.0,), "lowest_level": 2}
+
+ROWS = (
+    Row("baseline", "RetinaNet: FPN, focal loss γ 2 α .25, prior .01, smooth-L1 σ 3"),
+    Row("baseline-again", "the baseline with another seed: what chance does", {"seed": 1}),
+    # 1. the loss
+    Row("cross-entropy", "cross-entropy: γ 0, no α", CROSS_ENTROPY),
+    Row("balanced", "α-balanced cross-entropy: γ 0, α .75", {"focal_gamma": 0.0, "focal_alpha": 0.75}),
+    Row("sampled", "cross-entropy on 128 + 128 sampled anchors", {**CROSS_ENTROPY, "sampled_anchors": 256}),
+    Row("gamma-0.5", "γ 0.5, α .5", {"focal_gamma": 0.5, "focal_alpha": 0.5}),
+    Row("gamma-1", "γ 1, α .25", {"focal_gamma": 1.0}),
+    Row("gamma-5", "γ 5, α .25", {"focal_gamma": 5.0}),
+    # 2. the prior
+    Row("no-prior", "prior .5: off", {"prior": 0.5}),
+    Row("cross-entropy-no-prior", "cross-entropy, prior .5: off", {**CROSS_ENTROPY, "prior": 0.5}),
+    Row("sgd", "the paper's SGD, 100 steps", PAPERS_SGD),
+    Row("sgd-no-prior", "the paper's SGD, 100 steps, prior .5: off", {**PAPERS_SGD, "prior": 0.5}),
+    Row(
+        "sgd-cross-entropy-no-prior",
+        "the paper's SGD, 100 steps, cross-entropy, prior .5: off",
+        {**PAPERS_SGD, **CROSS_ENTROPY, "prior": 0.5},
+    ),
+    # 3. pyramids
+    Row("top", "P5 alone, with the anchors of all levels", {"pyramid": "top"}),
+    Row("rough", "levels without the top-down path", {"pyramid": "rough"}),
+    Row("image-pyramid", f"the baseline's model on pictures of {PYRAMID_SCALES} px", {}, "baseline", PYRAMID_SCALES),
+    Row("top-image-pyramid", f"`top`'s model on pictures of {PYRAMID_SCALES} px", {}, "top", PYRAMID_SCALES),
+    # 4. proposals
+    Row("rpn", "region proposal network on P2 to P6", {**RPN, **RPN_ANCHORS}),
+    Row("rpn-top", "region proposal network on P5 alone", {**RPN, "scales": (1.0,), "pyramid": "top"}),
+    # 5. the box loss
+    Row("l1", "L1", {"box_loss": "l1"}),
+    Row("giou", "GIoU", {"box_loss": "giou"}),
+)
+
+
+FIGURES: Mapping[str, Callable[[ApReport], float]] = {
+    "AP": lambda report: report.ap,
+    "AP50": lambda report: report.ap50,
+    "AP75": lambda report: report.ap75,
+    "AP small": lambda report: report.ap_small,
+    "AP medium": lambda report: report.ap_medium,
+    "AP large": lambda report: report.ap_large,
+    "AR@100": lambda report: report.recall_100,
+    "AR@1000": lambda report: report.recall_1000,
+    "AR@1000 small": lambda report: report.recall_1000_by_size[0],
+    "AR@1000 medium": lambda report: report.recall_1000_by_size[1],
+    "AR@1000 large": lambda report: report.recall_1000_by_size[2],
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of results.jsonl."""
+
+    name: str
+    steps: int
+    failure: str
+    """Why training did not survive; empty: it did."""
+    figures: Mapping[str, float]
+    """By the names in FIGURES; none where training did not survive."""
+    num_pictures: int
+    seconds_per_picture: float
+    """Median over some pictures, decoding apart; 0 where there is no model."""
+    minutes: float
+    machine: str
+    commit: str
+
+
+def run_rows(
+    data: Path,
+    out: Path,
+    *,
+    names: Collection[str] = (),
+    steps: int | None = None,
+    device: torch.device,
+    workers: int,
+    commit: str,
+) -> list[Result]:
+    """Run the rows of these names (none: all) that have no result yet, and return all results there are.
+
+    ValueError: a name is no row's, a row's model was not trained, or results in `out` are of other settings.
+    """
+    unknown = set(names) - {row.name for row in ROWS}
+    if unknown:
+        raise ValueError(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(r.name for r in ROWS)}")
+    training_set = load_coco(data, "train", class_agnostic=True)
+    validation_set = load_coco(data, "val", class_agnostic=True)
+    runner = _Runner(training_set, validation_set, out, steps, device, workers, commit)
+    out.mkdir(parents=True, exist_ok=True)
+    for row in ROWS:
+        if not names or row.name in names:
+            runner.run(row)
+    return read_results(out)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    training_set: CocoDataSet
+    validation_set: CocoDataSet
+    out: Path
+    steps: int | None
+    device: torch.device
+    workers: int
+    commit: str
+
+    def run(self, row: Row) -> None:
+        done = {result.name: result for result in read_results(self.out)}
+        config = row.config(self.steps)
+        if row.name not in done:
+            result = self._evaluated(row) if row.model_of else self._trained(row, config)
+            append_result(self.out, result)
+            log.info("%s: %s, %.1f minutes", row.name, result.failure or _ap(result), result.minutes)
+        elif done[row.name].steps != config.steps:
+            raise ValueError(
+                f"{self.out} has {row.name} after {done[row.name].steps} steps, not {config.steps}: use another --out"
+            )
+
+    def _trained(self, row: Row, config: TrainConfig) -> Result:
+        started = time.perf_counter()
+        log.info("%s: %s", row.name, row.change)
+        report, failure = None, ""
+        try:
+            report = train(
+                config,
+                self.training_set,
+                self.validation_set,
+                self.out / row.name,
+                device=self.device,
+                workers=self.workers,
+                resume=True,
+                notes={"command": f"python -m training article, row {row.name}", "commit": self.commit},
+            )
+        except TrainingDiverged as error:
+            failure = str(error)
+        seconds = 0.0 if report is None else median_seconds(self._predictor(row.name), self.validation_set)
+        return self._result(row, config.steps, failure, report, seconds, started)
+
+    def _evaluated(self, row: Row) -> Result:
+        started = time.perf_counter()
+        if not (self.out / row.model_of / "best.pt").exists():
+            raise ValueError(f"row {row.name} needs the model of {row.model_of}: run that first")
+        predictor = replace(self._predictor(row.model_of), scales=row.scales)
+        report = evaluate(predictor, self.validation_set)
+        seconds = median_seconds(predictor, self.validation_set)
+        return self._result(row, row.config(self.steps).steps, "", report, seconds, started)
+
+    def _predictor(self, name: str) -> Predictor:
+        return open_predictor(self.out / name / "best.pt", str(self.device))
+
+    def _result(
+        self, row: Row, steps: int, failure: str, report: ApReport | None, seconds: float, started: float
+    ) -> Result:
+        minutes = (time.perf_counter() - started) / 60
+        figures = {} if report is None else {name: figure(report) for name, figure in FIGURES.items()}
+        num_pictures = 0 if report is None else report.num_images
+        return Result(
+            row.name, steps, failure, figures, num_pictures, seconds, minutes, machine(self.device), self.commit
+        )
+
+
+def median_seconds(predictor: Predictor, data_set: CocoDataSet) -> float:
+    """From pixels to detections, for one picture."""
+    seconds = []
+    for index in range(min(TIMED_PICTURES, len(data_set))):
+        pixels = data_set.read(index)
+        started = time.perf_counter()
+        predictor(pixels)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def machine(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def append_result(out: Path, result: Result) -> None:
+    """Wholly or not at all."""
+    file = out / "results.jsonl"
+    before = file.read_text() if file.exists() else ""
+    temporary = file.with_suffix(".unfinished")
+    temporary.write_text(before + json.dumps(asdict(result)) + "\n")
+    temporary.replace(file)
+
+
+def read_results(out: Path) -> list[Result]:
+    """In the order of ROWS."""
+    file = out / "results.jsonl"
+    results: dict[str, Result] = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        result = Result(**json.loads(line))
+        results[result.name] = result
+    return [results[row.name] for row in ROWS if row.name in results]
+
+
+def read_losses(out: Path, name: str) -> Sequence[tuple[int, float]]:
+    """(step, classification loss + box loss) of a row's run, as far as it was logged."""
+    file = out / name / "metrics.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    losses = {e["step"]: e["classification_loss"] + e["box_loss"] for e in entries if "box_loss" in e}
+    return sorted(losses.items())  # a resumed run logs some steps twice
+
+
+def _ap(result: Result) -> str:
+    return f"AP {result.figures['AP']:.3f}"

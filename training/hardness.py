@@ -1,0 +1,76 @@
+"""How the loss is shared out between easy and hard examples: the focal loss paper's figure 4, on a model of ours.
+
+An example is one (anchor, class) pair that counts. Of a trained model, what each example adds to the loss is sorted
+and summed up, foreground and background apart; so alpha, which is the same for all of either kind, does not matter.
+Source: Lin et al. 2017 §5.1 "Analysis of the Focal Loss".
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.candidates import CandidateDetector
+from model.image import to_canvas
+from model.metadata import ResizePolicy
+from training.coco import CocoDataSet
+from training.config import LossConfig
+from training.focal import EXACT_UNTIL
+from training.losses import match_batch
+from training.matcher import IGNORED
+from training.transforms import TensorTarget
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Logits [examples] of a model on a data set."""
+
+    foreground: Tensor
+    background: Tensor
+
+
+@torch.inference_mode()
+def examples(
+    detector: CandidateDetector, data_set: CocoDataSet, resize: ResizePolicy, loss: LossConfig, *, limit: int
+) -> Examples:
+    """Of the first `limit` pictures, on their canvases; the loss says how anchors are matched."""
+    foreground, background = [], []
+    for index, picture in enumerate(data_set.pictures[:limit]):
+        canvas = to_canvas(data_set.read(index), resize)
+        scale = torch.tensor([canvas.size[side] / canvas.original_size[side] for side in (1, 0)] * 2)
+        boxes, columns, ignored = (
+            torch.from_numpy(values)
+            for values in (picture.target.boxes, picture.target.columns, picture.target.ignored)
+        )
+        target = TensorTarget(boxes * scale, columns, ignored * scale)
+        pixels = detector.normalise(torch.from_numpy(canvas.pixels[None]), torch.tensor([canvas.size]))
+        outputs = detector.network(pixels)
+        anchors = torch.cat(detector.network.anchors(canvas.canvas_size, outputs.grids))
+        [matches] = match_batch(anchors, [target], loss, sizes=[canvas.size])
+        [logits] = detector.network.flatten(outputs).cls_logits
+        truth = torch.zeros_like(logits, dtype=torch.bool)
+        positive = (matches >= 0).nonzero().squeeze(1)
+        truth[positive, columns[matches[positive]]] = True
+        counted = (matches != IGNORED)[:, None].expand_as(truth)
+        foreground.append(logits[truth & counted])
+        background.append(logits[~truth & counted])
+    return Examples(torch.cat(foreground), torch.cat(background))
+
+
+def loss_of_each(logits: Tensor, *, foreground: bool, gamma: float) -> Tensor:
+    """The focal loss of each example [examples], without alpha; float64, for sums of millions of tiny ones."""
+    wrong = (-logits if foreground else logits).double()
+    return wrong.sigmoid() ** gamma * F.softplus(wrong, threshold=EXACT_UNTIL)
+
+
+def cumulative_share(losses: Tensor) -> Tensor:
+    """The share of all loss that the easiest 1, 2, … examples make together: ascending, [examples], the last is 1."""
+    summed = losses.sort().values.cumsum(0)
+    return summed / summed[-1]
+
+
+def share_of_hardest(shares: Tensor, fraction: float) -> float:
+    """The share of the loss that the hardest `fraction` of all examples makes."""
+    easier = len(shares) - max(1, round(fraction * len(shares)))
+    return 1 - (float(shares[easier - 1]) if easier else 0.0)
