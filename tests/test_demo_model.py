@@ -7,11 +7,13 @@ import onnx
 import pytest
 
 from model.detector import PRETRAINED, Detector
+from tests.networks import assert_agree
 from training.coco import load_coco
-from training.demo import draw_data_set
+from training.demo import draw_data_set, draw_picture
 from training.evaluate import evaluate, open_predictor
 
 MAX_BYTES = 12_000_000
+CHECKPOINT = PRETRAINED.with_suffix(".pt")
 
 
 def test_the_shipped_file_is_small_and_says_how_it_was_made() -> None:
@@ -28,6 +30,14 @@ def test_the_shipped_file_is_opset_18_with_its_weights_inside() -> None:
     model = onnx.load(PRETRAINED)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.slow
+def test_the_shipped_file_finds_what_the_checkpoint_beside_it_finds() -> None:
+    assert CHECKPOINT.stat().st_size <= MAX_BYTES
+    file, checkpoint = open_predictor(PRETRAINED, "cpu"), open_predictor(CHECKPOINT, "cpu")
+    pictures = [draw_picture(988, "val", index).pixels for index in range(4)]
+    assert_agree([(checkpoint(picture), file(picture)) for picture in pictures], score_tolerance=2e-3)
 
 
 @pytest.mark.slow
