@@ -7,7 +7,6 @@ short.
 """
 
 import asyncio
-import atexit
 import contextlib
 import functools
 import logging
@@ -51,23 +50,26 @@ def main(arguments: Sequence[str]) -> int:
     listener = start_logging(settings.log_format, settings.log_level)
     try:
         with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
-            return runner.run(serve(settings))
+            code, stuck = runner.run(serve(settings))
     finally:
         listener.stop()
+    if stuck:
+        os._exit(code)  # Python would wait for the thread, and ONNX Runtime abort the process around it
+    return code
 
 
-async def serve(settings: Settings) -> int:
-    """Serve until told to stop; the exit code."""
+async def serve(settings: Settings) -> tuple[int, bool]:
+    """Serve until told to stop; the exit code, and whether the device is stuck in an inference."""
     try:
         listening = listen(settings.host, settings.port)
     except OSError as error:
-        return failed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
+        return failed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"), False
     service = build_service(settings)
     try:
         server = Server(uvicorn_config(service, settings))
         server.config.load()
     except OSError as error:
-        return failed(f"cannot use the TLS certificate: {error}")
+        return failed(f"cannot use the TLS certificate: {error}"), False
     return await Run(settings, service, server, listening).until_stopped()
 
 
@@ -82,7 +84,7 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._failure: str | None = None
 
-    async def until_stopped(self) -> int:
+    async def until_stopped(self) -> tuple[int, bool]:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop, number)
         self._loop.add_signal_handler(signal.SIGHUP, self._service.store.ask_reload)
@@ -97,13 +99,13 @@ class Run:
         with sample_gpus(self._service.metrics):
             await self._server.serve([self._listening])
         self._service.store.close()
-        if not self._service.engine.close():
+        stuck = not self._service.engine.close()
+        if stuck:
             logger.error("the device is stuck in an inference: leaving it behind")
-            atexit.register(os._exit, 0)  # ONNX Runtime aborts a process that ends by itself around a running inference
         if self._failure is not None:
-            return failed(self._failure)
+            return failed(self._failure), stuck
         logger.info("stopped")
-        return 0
+        return 0, stuck
 
     def _stop(self, number: int) -> None:
         """Drain; at the second signal end the process."""
@@ -133,7 +135,7 @@ def build_service(settings: Settings) -> Service:
         gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
     )
     store = ModelStore(
-        settings.model,
+        settings.model_file,
         open_detector,
         metrics,
         sha256=settings.model_sha256,
@@ -145,6 +147,7 @@ def build_service(settings: Settings) -> Service:
         metrics,
         queue_capacity=settings.queue_capacity,
         max_batch_delay_seconds=settings.max_batch_delay_seconds,
+        runs_at_once=settings.runs_at_once,
         decode_threads=settings.decode_threads or available_cores(),
         max_image_pixels=settings.max_image_pixels,
     )
@@ -159,6 +162,7 @@ def uvicorn_config(service: Service, settings: Settings) -> uvicorn.Config:
         access_log=False,
         lifespan="off",
         ws="none",
+        proxy_headers=False,  # nothing here looks at the client's address or scheme
         server_header=False,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,

@@ -2,16 +2,22 @@
 model.
 
 A place is taken when a request is admitted and given back when its job leaves the device or is dropped, so `capacity`
-bounds all that is being decoded, waiting or running. One device thread forms each batch itself, under the queue's lock,
-when it has finished the last one: the oldest job first, then the oldest others of its group, so no rare group starves
-and nothing waits for a batch to fill (unless `max_delay_seconds`). Gone jobs are dropped when a batch forms.
+bounds all that is being decoded, waiting or running. The device threads form each batch themselves, under the queue's
+lock: the oldest job first, then the oldest others of its group, so no rare group starves and nothing waits for a batch
+to fill (unless `max_delay_seconds`). Gone jobs are dropped when a batch forms.
 
-Threads: any thread may call any method. `run` and `deliver` are called on the device thread and must not raise.
+While a batch runs, `runs_at_once` allows more, if they are full: who comes later would not be in them anyway, so that
+nothing is lost by forming them before the device is free. The device, or its lock, decides what the second run may do
+meanwhile.
+
+Threads: any thread may call any method. `run` and `deliver` are called on the device threads, or on one that lends
+itself by `put_or_run`, and must not raise.
 """
 
 import threading
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from math import ceil
 from typing import Generic, Protocol, TypeVar
 
@@ -53,31 +59,45 @@ class Batcher(Generic[JobT, ResultT]):
         *,
         capacity: int,
         max_delay_seconds: float = 0,
+        runs_at_once: int = 1,
+        allowed_runs: Callable[[float], int] | None = None,
     ) -> None:
-        """`run` answers a batch, in order; `deliver` takes the answers after their places are free again."""
+        """`run` answers a batch, in order; `deliver` takes the answers after their places are free again, while another
+        device thread may run the next batch. `allowed_runs` says how many of `runs_at_once` may be on the device, by
+        the seconds that one image has taken lately (0: unknown)."""
         self._run = run
         self._deliver = deliver
         self.capacity = capacity
         self._max_delay_seconds = max_delay_seconds
+        self._runs_at_once = runs_at_once
+        self._allowed_runs = allowed_runs or (lambda seconds_per_image: runs_at_once)
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, JobT]] = []  # (since, job), oldest first
         self._places_taken = 0
-        self._running = 0
-        self._run_started: float | None = None
+        self._runs: list[_Run] = []  # on the device, oldest first
+        self._last_end = 0.0
         self._seconds_per_image = 0.0
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"device_{number}", daemon=True)
+            for number in range(runs_at_once + 1)  # while those run, one more can deliver
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self, timeout_seconds: float) -> bool:
-        """Finish what waits, then end the device thread. False: it is still busy."""
+        """Finish what waits, then end the device threads. False: a run has not ended."""
+        end = time.monotonic() + timeout_seconds
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        with self._changed:  # a run may be on a thread that is not one of these
+            all_ended = self._changed.wait_for(lambda: not self._runs, max(0.0, end - time.monotonic()))
+        return all_ended and not any(thread.is_alive() for thread in self._threads)
 
     @property
     def depth(self) -> int:
@@ -87,13 +107,13 @@ class Batcher(Generic[JobT, ResultT]):
     @property
     def running(self) -> int:
         """Jobs on the device."""
-        return self._running
+        return sum(run.count for run in self._runs)
 
     @property
     def run_seconds(self) -> float:
-        """How long the device has been at its present batch; 0 when it is free."""
-        started = self._run_started
-        return 0.0 if started is None else time.monotonic() - started
+        """How long the oldest batch on the device has been there; 0 when it is free."""
+        with self._changed:
+            return time.monotonic() - self._runs[0].started if self._runs else 0.0
 
     @property
     def expected_wait_seconds(self) -> float:
@@ -130,7 +150,16 @@ class Batcher(Generic[JobT, ResultT]):
         """Queue a job that has a place."""
         with self._changed:
             self._waiting.append((time.monotonic(), job))
-            self._changed.notify_all()
+            self._changed.notify()
+
+    def put_or_run(self, job: JobT) -> None:
+        """Queue a job that has a place; or, if all is idle, be its device thread: it need not wait for one to wake."""
+        with self._changed:
+            if self._runs or self._waiting or self._max_delay_seconds:
+                self.put(job)
+                return
+            run = self._take([job])
+        self._process([job], run)
 
     def remove(self, job: JobT) -> bool:
         """Take a waiting job out and give its place back. False: it does not wait (yet, or any more)."""
@@ -142,52 +171,76 @@ class Batcher(Generic[JobT, ResultT]):
             return removed
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            results = self._run(batch)
-            self._finish(len(batch))
-            self._deliver(batch, results)
+        while taken := self._next_batch():
+            self._process(*taken)
 
-    def _next_batch(self) -> list[JobT]:
-        """Wait for jobs and take them onto the device; [] means closed."""
+    def _process(self, batch: list[JobT], run: "_Run") -> None:
+        results = self._run(batch)
+        self._end(run)
+        self._deliver(batch, results)
+
+    def _next_batch(self) -> "tuple[list[JobT], _Run] | None":
+        """Wait for jobs and take them onto the device; None means closed."""
         with self._changed:
             while True:
                 self._drop_gone()
-                if self._waiting:
-                    batch, delay_left = self._form()
-                    if delay_left <= 0 or self._closing:
-                        self._take(batch)
-                        return batch
-                    self._changed.wait(delay_left)
-                elif self._closing:
-                    return []
-                else:
-                    self._changed.wait()
+                delay_left = None
+                if self._waiting and len(self._runs) < self._runs_allowed:
+                    batch = self._form()
+                    delay_left = self._delay_left(batch)
+                    if delay_left is not None and delay_left <= 0:
+                        return batch, self._take(batch)
+                elif self._closing and not self._waiting:
+                    return None
+                self._changed.wait(delay_left)
+
+    @property
+    def _runs_allowed(self) -> int:
+        return min(self._runs_at_once, self._allowed_runs(self._seconds_per_image))
 
     def _drop_gone(self) -> None:
         alive = [entry for entry in self._waiting if not entry[1].gone]
         self._places_taken -= len(self._waiting) - len(alive)
         self._waiting = alive
 
-    def _form(self) -> tuple[list[JobT], float]:
-        """The batch that the oldest job leads, and the seconds it may still wait for more."""
-        since, oldest = self._waiting[0]
-        batch = [job for _, job in self._waiting if job.group == oldest.group][: oldest.max_batch_size]
-        if len(batch) == oldest.max_batch_size:
-            return batch, 0
-        return batch, since + self._max_delay_seconds - time.monotonic()
+    def _form(self) -> list[JobT]:
+        """The batch that the oldest job leads."""
+        _, oldest = self._waiting[0]
+        return [job for _, job in self._waiting if job.group == oldest.group][: oldest.max_batch_size]
 
-    def _take(self, batch: list[JobT]) -> None:
+    def _delay_left(self, batch: list[JobT]) -> float | None:
+        """The seconds that this batch may still wait for more; None: until one that runs has ended."""
+        if self._closing or len(batch) == batch[0].max_batch_size:
+            return 0
+        if self._runs:
+            return None
+        since, _ = self._waiting[0]
+        return since + self._max_delay_seconds - time.monotonic()
+
+    def _take(self, batch: list[JobT]) -> "_Run":
         taken = {id(job) for job in batch}
         self._waiting = [entry for entry in self._waiting if id(entry[1]) not in taken]
-        self._running = len(batch)
-        self._run_started = time.monotonic()
+        run = _Run(len(batch), time.monotonic())
+        self._runs.append(run)
+        return run
 
-    def _finish(self, count: int) -> None:
+    def _end(self, run: "_Run") -> None:
         with self._changed:
-            assert self._run_started is not None
-            newest = (time.monotonic() - self._run_started) / count
+            now = time.monotonic()
+            newest = (now - max(run.started, self._last_end)) / run.count  # runs overlap; what counts is the rate
             average = self._seconds_per_image
             self._seconds_per_image = average + NEWEST_SHARE * (newest - average) if average else newest
-            self._run_started = None
-            self._running = 0
-            self._places_taken -= count
+            self._last_end = now
+            self._runs.remove(run)
+            self._places_taken -= run.count
+            if self._waiting or self._closing:
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A batch on the device."""
+
+    count: int
+    started: float
+    """time.monotonic()"""

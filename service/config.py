@@ -15,7 +15,8 @@ from typing import Annotated, Literal, NoReturn, Self
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from model.detector import PRETRAINED, Device
+from model.demo import demo_model
+from model.detector import Device
 from model.image import MAX_PIXELS
 
 ENV_PREFIX = "RETINASERVE_"
@@ -33,7 +34,9 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=()
     )
 
-    model: Path = Field(PRETRAINED, description="the .onnx file to serve")
+    model: Path | None = Field(
+        None, description="the .onnx file to serve [the demo model, int8 where that ships and the CPU is fast at it]"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: Device = Field("auto", description="auto uses CUDA where it works and says so; cuda fails without it")
@@ -57,6 +60,12 @@ class Settings(BaseSettings):
 
     queue_capacity: int = Field(32, ge=1, description="images admitted and not yet through the device; more get 429")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="images per inference [1 on the CPU, 8 on CUDA]")
+    runs_at_once: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="full batches on the device at once [2 on CUDA, on the CPU if one takes less than 20 ms; else 1]",
+    )
     max_batch_delay_seconds: Seconds = Field(0, description="time to wait for a batch to fill while the device is free")
     request_timeout_seconds: PositiveSeconds = Field(
         30, description="time from a complete body to its answer, else 504"
@@ -84,6 +93,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs the probes too")
     ssl_certfile: Path | None = Field(None, description="TLS certificate chain, PEM [plain HTTP]")
     ssl_keyfile: Path | None = Field(None, description="its private key, PEM")
+
+    @property
+    def model_file(self) -> Path:
+        """What `model` says, or the demo model's best file for this machine."""
+        return self.model or demo_model(self.device)
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         files = list(find_images(given.images))
         detector = Detector(
-            settings.model,
+            settings.model_file,
             device=settings.device,
             threads=settings.threads,
             gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,

@@ -1,5 +1,9 @@
-"""One image's way: encoded bytes → (decode pool) canvas → (device thread) candidates → (finish pool) detections → what
-the caller makes of them. Knows no HTTP.
+"""One image's way: encoded bytes → (decode pool) canvas → (device thread) candidates → detections → what the caller
+makes of them. Knows no HTTP.
+
+A decode thread that finds the device idle runs its image itself, if another one is left to decode meanwhile. A device
+thread finishes the first image of its batch itself, while another thread runs the next batch; the others go to the
+finish pool. So an image that is alone changes threads as rarely as can be.
 
 A `Job` is owned by one stage at a time, and each of its timestamps ends one stage and begins the next. Waiting for a
 decode thread and waiting for the device are both `queue`. The model and the parameters are the job's own from the
@@ -8,6 +12,7 @@ start: neither a reload nor a neighbour in the batch can change them.
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from model.detector import InferenceFailed
+from model.detector import SHORT_RUN_SECONDS, InferenceFailed
 from model.image import decode_image, to_canvas, to_original
+from model.sessions import CPU
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
 from service.batcher import Batcher
@@ -27,6 +33,7 @@ from service.store import LoadedModel, ModelStore
 logger = logging.getLogger(__name__)
 
 FINISH_THREADS = 2
+RUNS_AT_ONCE = 2
 FAILURES_BEFORE_SELF_TEST = 3
 
 
@@ -55,8 +62,9 @@ class Stopwatch:
     def __post_init__(self) -> None:
         self._last = self._last or self.started
 
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
+    def lap(self, stage: str, end: float | None = None) -> None:
+        """The time since the last lap was spent in this stage, up to `end` (time.perf_counter(); now)."""
+        now = time.perf_counter() if end is None else end
         self.stages[stage] = self.stages.get(stage, 0) + now - self._last
         self._last = now
 
@@ -132,27 +140,43 @@ class Engine:
         *,
         queue_capacity: int = 32,
         max_batch_delay_seconds: float = 0,
+        runs_at_once: int | None = None,
         decode_threads: int = 1,
         max_image_pixels: int = 50_000_000,
     ) -> None:
         self.store = store
         self.batcher: Batcher[Job, Candidates | Exception] = Batcher(
-            self._run, self._deliver, capacity=queue_capacity, max_delay_seconds=max_batch_delay_seconds
+            self._run,
+            self._deliver,
+            capacity=queue_capacity,
+            max_delay_seconds=max_batch_delay_seconds,
+            runs_at_once=runs_at_once or RUNS_AT_ONCE,
+            allowed_runs=self._allowed_runs if runs_at_once is None else None,
         )
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, "decode")
+        self._put = self.batcher.put_or_run if decode_threads > 1 else self.batcher.put
         self._finishers = ThreadPoolExecutor(FINISH_THREADS, "finish")
         self._failures_in_a_row = 0
+        self._failures_lock = threading.Lock()
         metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.running, queue_capacity)
 
     def start(self) -> None:
         self.batcher.start()
 
+    def _allowed_runs(self, seconds_per_image: float) -> int:
+        """On CUDA the images of one are uploaded while another runs. On a CPU a run has all cores: only beside short
+        ones do the pauses between them, in which threads wake and Python works, pay for another's memory and waiting.
+        """
+        model = self.store.current
+        on_cpu = model is None or model.detector.provider == CPU
+        return 1 if on_cpu and not 0 < seconds_per_image < SHORT_RUN_SECONDS else RUNS_AT_ONCE
+
     def close(self, timeout_seconds: float = 5) -> bool:
         """Finish what was admitted; False: the device is stuck."""
         ended = self.batcher.close(timeout_seconds)
-        self._decoders.shutdown(cancel_futures=True)
+        self._decoders.shutdown(wait=ended, cancel_futures=True)
         self._finishers.shutdown(wait=ended)
         return ended
 
@@ -201,17 +225,18 @@ class Engine:
         if job.gone:
             self.batcher.give_back_place()
         else:
-            self.batcher.put(job)
+            self._put(job)
 
     def _run(self, batch: list[Job]) -> list[Candidates | Exception]:
-        """On the device thread."""
-        for job in batch:
-            job.watch.lap("queue")
+        """On a device thread, or the decode thread of an image that is alone."""
+        started = time.perf_counter()
         results = self._attempt(batch)
         if len(batch) > 1 and isinstance(results[0], InferenceFailed) and not results[0].fatal:
             results = [self._attempt([job])[0] for job in batch]  # only the image that fails alone shall fail
+        ended = time.perf_counter()
         for job in batch:
-            job.watch.lap("inference")
+            job.watch.lap("queue", started)
+            job.watch.lap("inference", ended)
         return results
 
     def _attempt(self, batch: list[Job]) -> list[Candidates | Exception]:
@@ -230,10 +255,12 @@ class Engine:
         kind, fatal = (error.kind, error.fatal) if isinstance(error, InferenceFailed) else ("other", False)
         logger.error("inference failed (%s): %s", kind, error, exc_info=not isinstance(error, InferenceFailed))
         self._metrics.device_errors.labels(kind).inc()
-        self._failures_in_a_row += 1
+        with self._failures_lock:
+            self._failures_in_a_row += 1
+            suspicious = self._failures_in_a_row % FAILURES_BEFORE_SELF_TEST == 0
         if fatal:
             self._condemn(str(error))
-        elif self._failures_in_a_row % FAILURES_BEFORE_SELF_TEST == 0:
+        elif suspicious:
             self._self_test(model)
 
     def _self_test(self, model: LoadedModel) -> None:
@@ -250,16 +277,22 @@ class Engine:
         self.store.device_fault = reason
 
     def _deliver(self, batch: list[Job], results: list[Candidates | Exception]) -> None:
-        """On the device thread, after the batch's places are free."""
+        """On the thread that ran it, after the batch's places are free."""
+        mine: tuple[Job, Candidates] | None = None
         for job, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 job.settle(None, result)
+            elif job.slow_finish:
+                self._decoders.submit(self._finish, job, result)
+            elif mine is None:
+                mine = job, result
             else:
-                pool = self._decoders if job.slow_finish else self._finishers
-                pool.submit(self._finish, job, result)
+                self._finishers.submit(self._finish, job, result)
+        if mine is not None:
+            self._finish(*mine)
 
     def _finish(self, job: Job, candidates: Candidates) -> None:
-        """On a finish thread, or on a decode thread."""
+        """On a device, finish or decode thread."""
         if job.gone:
             return
         assert job.canvas is not None

@@ -75,6 +75,7 @@ class Metrics:
 
         self.queue_depth = gauge("queue_depth", "Places taken: images admitted and not yet through the device.")
         self.queue_capacity = gauge("queue_capacity", "Places there are: images beyond are refused with 429.")
+        self.upload_bytes_in_flight = gauge("upload_bytes_in_flight", "Bytes of bodies that have begun to arrive.")
         self.requests_running = gauge("requests_running", "Images on the device now.")
 
         self.model_info = Info("retinaserve_model", "The model that serves.", registry=registry)

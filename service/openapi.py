@@ -1,13 +1,14 @@
-"""What OpenAPI says of the routes beyond their types: forms of a body, pictures, problems, with examples."""
+"""What OpenAPI says of the routes beyond their types: query, forms of a body, pictures, problems, with examples."""
 
 from typing import Any
 
 from service.errors import KINDS, PROBLEM_MEDIA_TYPE, problem
+from service.schemas import DetectQuery
 
 MAX_BATCH_IMAGES = 16
 
 BINARY = {"type": "string", "format": "binary"}
-FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
+FORM = {"type": "object", "required": ["image"], "additionalProperties": False, "properties": {"image": BINARY}}
 ONE_PIXEL_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
 BASE64 = {
     "type": "object",
@@ -17,7 +18,7 @@ BASE64 = {
     "example": {"image": ONE_PIXEL_PNG},
 }
 IMAGES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_BATCH_IMAGES}
-FORM_OF_IMAGES = {"type": "object", "required": ["image"], "properties": {"image": IMAGES}}
+FORM_OF_IMAGES = FORM | {"properties": {"image": IMAGES}}
 
 ONE_IMAGE_BODY = {
     "required": True,
@@ -29,6 +30,10 @@ ONE_IMAGE_BODY = {
     },
 }
 BATCH_BODY = {"required": True, "content": {"multipart/form-data": {"schema": FORM_OF_IMAGES}}}
+PARAMETERS = [
+    {"name": name, "in": "query", "required": False, "schema": schema, "description": schema["description"]}
+    for name, schema in DetectQuery.model_json_schema()["properties"].items()
+]
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
 """The model itself comes into the document with BatchAnswer."""
 EVERYWHERE = ("unauthorized", "internal_error")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic_core import to_json
 
+from model.metadata import AnchorConfig
 from service.engine import Detected
 from service.metrics import STAGES
 from service.store import LoadedModel
@@ -42,6 +43,30 @@ PROBLEM: JsonDict = {
     "code": "invalid_image",
     "detail": "the image is empty (0 bytes)",
     "request_id": "2f1d7e0c6a5b4c3d8e9f0a1b2c3d4e5f",
+}
+
+
+BATCH_ANSWER: JsonDict = {"results": [ANSWER, PROBLEM]}
+STATUS: JsonDict = {"status": "ready"}
+MODEL_CARD: JsonDict = {
+    "name": "shapes",
+    "sha256": "5f0c…",
+    "labels": [{"class_id": 1, "label": "circle"}],
+    "architecture": "retinanet_resnet50_fpn",
+    "precision": "fp16",
+    "resize": {"shorter_side": 800, "longest_side": 1333, "divisor": 32},
+    "anchors": {
+        "base_sizes": [32, 64, 128, 256, 512],
+        "scales": [1, 1.26, 1.587],
+        "aspect_ratios": [0.5, 1, 2],
+        "lowest_level": 3,
+    },
+    "defaults": {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 300},
+    "device_requested": "auto",
+    "provider": "CUDAExecutionProvider",
+    "fell_back": False,
+    "ap": 0.436,
+    "data_set": "shapes",
 }
 
 
@@ -120,6 +145,7 @@ class Problem(Strict):
 
 
 class BatchAnswer(Strict):
+    model_config = ConfigDict(json_schema_extra={"examples": [BATCH_ANSWER]}, protected_namespaces=(), extra="forbid")
     results: list[Answer | Problem] = Field(description="One for each image, in order.")
 
 
@@ -134,6 +160,15 @@ class Resize(Strict):
     divisor: int
 
 
+class Anchors(Strict):
+    base_sizes: list[float] = Field(
+        description="Canvas pixels; side of each level's square anchor, lowest level first."
+    )
+    scales: list[float]
+    aspect_ratios: list[float] = Field(description="Height over width.")
+    lowest_level: int
+
+
 class Thresholds(Strict):
     score_threshold: float
     nms_threshold: float
@@ -141,12 +176,14 @@ class Thresholds(Strict):
 
 
 class ModelCard(Strict):
+    model_config = ConfigDict(json_schema_extra={"examples": [MODEL_CARD]}, protected_namespaces=(), extra="forbid")
     name: str
     sha256: str
     labels: list[LabelEntry]
     architecture: str
     precision: str
     resize: Resize
+    anchors: Anchors | None = Field(description="None: the file was exported before it carried them.")
     defaults: Thresholds = Field(description="What holds where the query says nothing.")
     device_requested: str
     provider: str = Field(description="ONNX Runtime's name of what computes.")
@@ -156,6 +193,7 @@ class ModelCard(Strict):
 
 
 class Status(Strict):
+    model_config = ConfigDict(json_schema_extra={"examples": [STATUS]}, extra="forbid")
     status: str
 
 
@@ -197,6 +235,15 @@ def encode(value: Any) -> bytes:
     return to_json(value)
 
 
+def _anchors(config: AnchorConfig) -> Anchors:
+    return Anchors(
+        base_sizes=list(config.base_sizes),
+        scales=list(config.scales),
+        aspect_ratios=list(config.aspect_ratios),
+        lowest_level=config.lowest_level,
+    )
+
+
 def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
     detector, metadata = model.detector, model.detector.metadata
     return ModelCard(
@@ -210,6 +257,7 @@ def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
             longest_side=metadata.resize.longest_side,
             divisor=metadata.resize.divisor,
         ),
+        anchors=None if metadata.anchors is None else _anchors(metadata.anchors),
         defaults=defaults,
         device_requested=detector.device_requested,
         provider=detector.provider,

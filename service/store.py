@@ -6,6 +6,7 @@ one serving. The loader looks for a changed file (same size, time and inode over
 left alone) and reloads on request.
 """
 
+import gc
 import logging
 import os
 import threading
@@ -151,6 +152,8 @@ class ModelStore:
                 logger.exception("the model cannot be loaded")
             on_failure(str(error))
             return
+        gc.collect()
+        gc.freeze()  # what there is now stays: looking through it for garbage would stop every thread for tens of ms
         while True:
             self._wake.wait(self._poll_seconds or None)
             self._wake.clear()

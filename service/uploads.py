@@ -135,7 +135,8 @@ class MultipartImages:
             raise MalformedRequest("the multipart body ends before its last boundary")
         if not self._images:
             raise MalformedRequest(f"the form has no file field {FIELD!r}")
-        return self._images
+        images, self._images = self._images, []  # parser and callbacks are a cycle, which shall not keep them
+        return images
 
     def _on_part_begin(self) -> None:
         self._disposition = b""

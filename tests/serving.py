@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from model.detector import Detector
-from model.metadata import Label, ModelMetadata, ResizePolicy
+from model.metadata import AnchorConfig, Label, ModelMetadata, ResizePolicy
 from model.types import Candidates, CanvasImage
 from service.__main__ import Server, uvicorn_config
 from service.app import Service
@@ -65,7 +65,7 @@ class FakeDetector:
 
     def __post_init__(self) -> None:
         self.gate.set()
-        self.metadata = ModelMetadata(self.name, self.labels, "none", resize=SMALL)
+        self.metadata = ModelMetadata(self.name, self.labels, "none", resize=SMALL, anchors=AnchorConfig((20, 40)))
 
     def warm_up(self, max_batch_size: int = 1) -> None:
         pass
@@ -104,15 +104,17 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[Serving]:
-    """uvicorn on a free port of this process, around a detector of yours."""
-    values = Settings(port=0, model=Path("fake.onnx"), model_poll_seconds=0, **settings)  # type: ignore[arg-type]
+    """uvicorn on a free port of this process, around a detector of yours; one run at a time unless told otherwise."""
+    given = {"port": 0, "model": Path("fake.onnx"), "model_poll_seconds": 0, "runs_at_once": 1} | settings
+    values = Settings(**given)  # type: ignore[arg-type]
     metrics = Metrics()
-    store = ModelStore(values.model, lambda path: detector, metrics, max_batch_size=values.max_batch_size)  # type: ignore[arg-type, return-value]
+    store = ModelStore(values.model_file, lambda path: detector, metrics, max_batch_size=values.max_batch_size)  # type: ignore[arg-type, return-value]
     engine = Engine(
         store,
         metrics,
         queue_capacity=values.queue_capacity,
         max_batch_delay_seconds=values.max_batch_delay_seconds,
+        runs_at_once=values.runs_at_once,
         decode_threads=2,
         max_image_pixels=values.max_image_pixels,
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from model.detector import Detector
 from service.app import picture_wanted
 from service.errors import KINDS
-from service.schemas import Answer, BatchAnswer, ModelCard, Problem
+from service.schemas import Answer, BatchAnswer, DetectQuery, ModelCard, Problem, Status
 from tests.serving import FakeDetector, Serving, picture, serving
 from tests.tiny_model import write_tiny_model
 
@@ -133,6 +133,8 @@ def test_a_request_id_is_taken_over_or_made(server: Serving) -> None:
         ({"content": picture(), "headers": PNG, "params": {"max_detections": "0"}}, 422, "invalid_parameter"),
         ({"content": picture(), "headers": PNG, "params": {"max_detections": "5001"}}, 422, "invalid_parameter"),
         ({"content": picture(), "headers": PNG, "params": {"label": "unicorn"}}, 422, "invalid_parameter"),
+        ({"content": picture(), "headers": PNG, "params": {"label": ""}}, 422, "invalid_parameter"),
+        ({"content": picture(), "headers": PNG, "params": {"score_threshold": ""}}, 422, "invalid_parameter"),
         ({"content": picture(), "headers": PNG, "params": {"treshold": "0.5"}}, 422, "invalid_parameter"),
     ],
 )  # fmt: skip
@@ -167,6 +169,7 @@ def test_the_query_decides_what_is_kept(server: Serving) -> None:
         return len(detect(server, content=image, headers=PNG, params=query).json()["detections"])
 
     assert found() == 1
+    assert found(score_threshold=[0.1, 0.3]) == 0, "the last one counts"
     assert found(score_threshold=0.3) == 0
     assert found(score_threshold=0.1, label=["circle", "square"]) == 1
     assert found(label="square") == 0
@@ -235,6 +238,8 @@ def test_the_model_describes_itself(server: Serving) -> None:
     card = ModelCard.model_validate_json(server.client.get("/model").content)
     assert (card.name, card.provider, card.device_requested) == ("fake", "CPUExecutionProvider", "auto")
     assert [(entry.class_id, entry.label) for entry in card.labels] == [(1, "circle"), (2, "square")]
+    assert card.anchors is not None
+    assert (card.anchors.base_sizes, card.anchors.lowest_level) == ([20, 40], 3)
 
 
 def test_probes_answer_get_and_head(server: Serving) -> None:
@@ -247,7 +252,14 @@ def test_the_openapi_document_describes_every_route_with_examples(server: Servin
     assert set(document["paths"]) == {"/detect", "/detect/batch", "/model", "/healthz", "/readyz", "/metrics"}
     bodies = document["paths"]["/detect"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"multipart/form-data", "image/*", "application/octet-stream", "application/json"}
-    assert "examples" in document["components"]["schemas"]["Answer"]
+    schemas = document["components"]["schemas"]
+    for model in (Answer, BatchAnswer, ModelCard, Problem, Status):
+        [example] = schemas[model.__name__]["examples"]
+        model.model_validate(example)
+    for form in (bodies["multipart/form-data"], bodies["application/json"]):
+        assert form["schema"]["additionalProperties"] is False, "fields besides the image are refused"
+    parameters = {each["name"]: each["schema"] for each in document["paths"]["/detect"]["post"]["parameters"]}
+    assert list(parameters) == list(DetectQuery.model_fields)
     answers = document["paths"]["/detect"]["post"]["responses"]
     assert set(answers) == {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503", "504"}
     assert set(answers["200"]["content"]) == {"application/json", "image/png", "image/jpeg"}

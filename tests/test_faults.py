@@ -66,7 +66,7 @@ def test_a_network_that_fails_on_one_picture_answers_its_neighbours_as_ever(
 @pytest.mark.slow
 def test_a_network_that_hangs_is_told_by_504_and_the_probes_and_does_not_hold_up_the_end(tmp_path: Path) -> None:
     write_hanging_model(tmp_path / "hanging.onnx")
-    flags = ("--request-timeout-seconds", "1", "--drain-delay-seconds", "0", "--threads", "1")
+    flags = ("--request-timeout-seconds", "1", "--drain-delay-seconds", "0", "--threads", "1", "--runs-at-once", "1")
     with server_process(tmp_path, *flags, model_path=tmp_path / "hanging.onnx") as server:
         assert ask(server.url, body=IMAGES[0]).status == 200
         assert ask(server.url, body=WHITE).status == 504

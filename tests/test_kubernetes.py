@@ -1,4 +1,4 @@
-"""The Kubernetes manifests, rendered by kubectl and checked without a cluster: by the schemas, and against each other."""
+"""The Kubernetes manifests, rendered by kubectl, checked without a cluster: by the schemas, and against each other."""
 
 import shutil
 import subprocess

@@ -1,8 +1,10 @@
 """Bodies that are slow, late, too many or in odd pieces, over real sockets."""
 
+import gc
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 
 import httpx
@@ -75,6 +77,7 @@ def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server:
         holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
         uploads = server.service._uploads
         wait_until(lambda: uploads.bytes_in_flight == 900_000)
+        assert server.metric("retinaserve_upload_bytes_in_flight") == 900_000
         refused.sendall(HEAD + b"Content-Length: 400000\r\n\r\n" + b"\0" * 400_000)
         said = refused.recv(65536)
         assert b" 429 " in said and b"retry-after" in said
@@ -126,6 +129,26 @@ def test_a_multipart_body_is_the_same_however_it_is_cut() -> None:
         for start in range(0, len(body), size):
             form.feed(body[start : start + size])
         assert form.finish() == [b"\r\n--\r\n--b-\r"]
+
+
+def test_a_forms_images_are_given_back_without_the_garbage_collector() -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+
+    def receive() -> int:
+        form = MultipartImages(b"b", max_images=1, max_image_bytes=2**20)
+        form.feed(head + bytes(2**20) + b"\r\n--b--\r\n")
+        return len(form.finish()[0])
+
+    gc.disable()
+    tracemalloc.start()
+    try:
+        assert receive() == 2**20
+        left, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert most > 2**20
+    assert left < 2**16
 
 
 def test_good_requests_are_answered_while_others_upload_slowly(server: Serving) -> None:
