@@ -1,26 +1,32 @@
 """The service beside a bare FastAPI one on the same model and picture, and at twice what it can do.
 
     python -m tests.benchmarks.service [--seconds N] [--rounds N]
+    RETINASERVE_RUNS_AT_ONCE=1 python -m tests.benchmarks.service
 
-Prints markdown tables. Clients run in this process, servers in their own; nothing else should run on the machine.
+Prints markdown tables. Clients run in this process, servers in their own; nothing else should run on the machine. The
+two services take turns, so that a machine that grows slower does so for both; what is compared are the two
+measurements of a round, and of the rounds the median counts.
 """
 
 import argparse
 import asyncio
 import contextlib
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import psutil
+import uvloop
 
 from model.detector import Detector
 from model.image import decode_image, to_canvas
+from tests.benchmarks.speed import machine
 from tests.faulty_models import write_slow_model
 from tests.load import address, ask, blocks, free_ports, listens, request_head
 from tests.serving import server_process, wait_until
@@ -29,6 +35,7 @@ CLIENTS = (1, 8, 64)
 INFERENCE_SECONDS = 0.005
 QUEUE_CAPACITY = 32
 OVERLOAD = 2.0
+REACH = {1: "≥ 0.97", 64: "≥ 1.1"}
 PROBE_SECONDS = 0.1
 WARM_UP_SHARE = 0.2
 IMAGE = blocks(106, 64, seed=1)
@@ -43,6 +50,10 @@ class Latencies:
     seconds: float
     """How long was measured."""
     by_status: dict[int, list[float]] = field(default_factory=dict)
+    exchanges: int = 0
+    """Answers of any time, the warm-up too."""
+    cpu_seconds: float = 0
+    """What the server used for them."""
 
     def note(self, status: int, latency: float) -> None:
         self.by_status.setdefault(status, []).append(latency)
@@ -51,9 +62,24 @@ class Latencies:
     def throughput(self) -> float:
         return len(self.by_status.get(200, [])) / self.seconds
 
+    @property
+    def cpu_ms(self) -> float:
+        """Of the server, for one exchange."""
+        return self.cpu_seconds / self.exchanges * 1000
+
     def p99_ms(self, status: int = 200) -> float:
         taken = self.by_status.get(status, [])
         return float(np.percentile(taken, 99)) * 1000 if taken else float("nan")
+
+
+@dataclass(frozen=True)
+class Contender:
+    url: str
+    process_id: int
+
+    def cpu_seconds(self) -> float:
+        times = psutil.Process(self.process_id).cpu_times()
+        return times.user + times.system
 
 
 class Connection:
@@ -90,6 +116,7 @@ async def closed_loop(url: str, clients: int, seconds: float) -> Latencies:
         while (started := time.perf_counter()) < end:
             status = await connection.exchange(DETECT)
             answered = time.perf_counter()
+            measured.exchanges += 1
             if begin <= answered < end:
                 measured.note(status, answered - started)
         connection.close()
@@ -134,13 +161,13 @@ async def open_loop(url: str, rate: float, seconds: float) -> tuple[Latencies, l
 
 
 @contextlib.contextmanager
-def bare_process(model: Path) -> Iterator[str]:
+def bare_process(model: Path) -> Iterator[Contender]:
     [port] = free_ports(1)
     with subprocess.Popen([sys.executable, "-m", "tests.benchmarks.bare", str(model), str(port)]) as process:
         try:
             wait_until(lambda: process.poll() is not None or listens(port))
             assert process.poll() is None, "the bare service does not start"
-            yield f"http://127.0.0.1:{port}"
+            yield Contender(f"http://127.0.0.1:{port}", process.pid)
         finally:
             process.kill()
 
@@ -163,63 +190,130 @@ def median_seconds(action: Callable[[], object]) -> float:
         started = time.perf_counter()
         action()
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken[10:])
+    return median(taken[10:])
 
 
-def compare(ours: str, bare: str, seconds: float, rounds: int) -> str:
-    """Both services in turns; the median round of each."""
-    rows = []
-    for clients in CLIENTS:
-        taken: dict[str, list[Latencies]] = {ours: [], bare: []}
-        for _ in range(rounds):
-            for url, measured in taken.items():
-                measured.append(asyncio.run(closed_loop(url, clients, seconds)))
-        refused = sum(len(each.by_status) > 1 for each in taken[ours])
-        assert not refused, "nothing may be refused here: queue_capacity is the number of clients"
-        [our_rate, bare_rate] = [statistics.median(each.throughput for each in taken[url]) for url in (ours, bare)]
-        [our_p99, bare_p99] = [statistics.median(each.p99_ms() for each in taken[url]) for url in (ours, bare)]
-        rows.append(
-            f"| {clients} | {our_rate:.1f} | {bare_rate:.1f} | {our_rate / bare_rate:.2f} × "
-            f"| {our_p99:.1f} | {bare_p99:.1f} |"
-        )
-    head = "| clients | service, images/s | bare | ratio | service, p99 ms | bare |\n|---:|---:|---:|---:|---:|---:|"
-    return "\n".join([head, *rows])
+def measure(contender: Contender, clients: int, seconds: float) -> Latencies:
+    before = contender.cpu_seconds()
+    measured = uvloop.run(closed_loop(contender.url, clients, seconds))
+    measured.cpu_seconds = contender.cpu_seconds() - before
+    return measured
 
 
-def overload(url: str, seconds: float) -> str:
-    """Twice the rate that as many clients as places get."""
-    assert ask(url, "/readyz", method="GET").status == 200
-    capacity = asyncio.run(closed_loop(url, QUEUE_CAPACITY, seconds)).throughput
-    measured, probes = asyncio.run(open_loop(url, OVERLOAD * capacity, seconds))
-    bound = QUEUE_CAPACITY / capacity * 1000
-    asked = sum(map(len, measured.by_status.values())) / seconds
-    rows = [
-        ("capacity, images/s", f"{capacity:.1f}"),
-        ("asked, images/s", f"{asked:.1f} ({asked / capacity:.2f} × capacity)"),
-        ("goodput", f"{measured.throughput:.1f} ({measured.throughput / capacity:.1%} of capacity)"),
-        ("answers", ", ".join(f"{status}: {len(taken)}" for status, taken in sorted(measured.by_status.items()))),
-        ("p99 of the accepted", f"{measured.p99_ms():.0f} ms (queue × time of one: {bound:.0f} ms)"),
-        ("p99 of the refused", f"{measured.p99_ms(429):.1f} ms"),
-        ("`/healthz`, p99 and worst", f"{np.percentile(probes, 99) * 1000:.1f} ms, {max(probes) * 1000:.1f} ms"),
+def compare(ours: Contender, bare: Contender, seconds: float, rounds: int) -> str:
+    """Both services in turns."""
+    taken: dict[int, tuple[list[Latencies], list[Latencies]]] = {clients: ([], []) for clients in CLIENTS}
+    for number in range(rounds):
+        for clients, (our_rounds, bare_rounds) in taken.items():
+            turns = [(ours, our_rounds), (bare, bare_rounds)]
+            for contender, measured in turns if number % 2 else turns[::-1]:
+                measured.append(measure(contender, clients, seconds))
+    head = (
+        "| clients | service, images/s | bare | ratio | lowest to highest | reach | service, p99 ms | bare "
+        "| service, CPU ms an image | bare |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    return "\n".join([head, *(comparison(clients, *both) for clients, both in taken.items())])
+
+
+def comparison(clients: int, ours: Sequence[Latencies], bare: Sequence[Latencies]) -> str:
+    """A row of the table."""
+    assert all(set(each.by_status) == {200} for each in (*ours, *bare)), (
+        "some were refused, or too few --seconds for one"
+    )
+    ratios = [our.throughput / other.throughput for our, other in zip(ours, bare, strict=True)]
+    throughputs = [median(each.throughput for each in rounds) for rounds in (ours, bare)]
+    p99s = [median(each.p99_ms() for each in rounds) for rounds in (ours, bare)]
+    cpus = [median(each.cpu_ms for each in rounds) for rounds in (ours, bare)]
+    cells = [
+        str(clients),
+        *(f"{value:.1f}" for value in throughputs),
+        f"{median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        REACH.get(clients, ""),
+        *(f"{value:.1f}" for value in p99s),
+        *(f"{value:.2f}" for value in cpus),
     ]
-    return "\n".join(["| at twice capacity | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)])
+    return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Overload:
+    """One round at twice the rate that as many clients as places get."""
+
+    capacity: float
+    """Images/s, the mean of before and after."""
+    measured: Latencies
+    probes: list[float]
+    """Seconds of each /healthz."""
+
+    @property
+    def asked(self) -> float:
+        return sum(map(len, self.measured.by_status.values())) / self.measured.seconds
+
+    @property
+    def bound_ms(self) -> float:
+        """The queue, at the time that one image takes."""
+        return QUEUE_CAPACITY / self.capacity * 1000
+
+
+def overload(url: str, seconds: float, rounds: int) -> str:
+    """Capacity and overload in turns."""
+    assert ask(url, "/readyz", method="GET").status == 200
+
+    def capacity() -> float:
+        return uvloop.run(closed_loop(url, QUEUE_CAPACITY, seconds)).throughput
+
+    before, taken = capacity(), list[Overload]()
+    for _ in range(rounds):
+        measured, probes = uvloop.run(open_loop(url, OVERLOAD * before, seconds))
+        after = capacity()
+        taken.append(Overload((before + after) / 2, measured, probes))
+        before = after
+    goodputs = [each.measured.throughput / each.capacity for each in taken]
+    statuses = sorted(set().union(*(each.measured.by_status for each in taken)))
+    counts = {status: sum(len(each.measured.by_status.get(status, [])) for each in taken) for status in statuses}
+    rows = [
+        ("capacity, images/s", f"{median(each.capacity for each in taken):.1f}", ""),
+        ("asked, of capacity", f"{median(each.asked / each.capacity for each in taken):.2f} ×", ""),
+        ("goodput, of capacity", f"{median(goodputs):.1%} ({min(goodputs):.1%} to {max(goodputs):.1%})", "≥ 95 %"),
+        ("answers", ", ".join(f"{status}: {count}" for status, count in counts.items()), "200 and 429"),
+        (
+            "p99 of the accepted",
+            f"{median(each.measured.p99_ms() for each in taken):.0f} ms",
+            f"queue × time of one: {median(each.bound_ms for each in taken):.0f} ms",
+        ),
+        ("p99 of the refused", f"{median(each.measured.p99_ms(429) for each in taken):.1f} ms", "< 50 ms"),
+        (
+            "`/healthz`, p99 and worst",
+            f"{median(np.percentile(each.probes, 99) for each in taken) * 1000:.1f} ms, "
+            f"{max(max(each.probes) for each in taken) * 1000:.1f} ms",
+            "< 100 ms",
+        ),
+    ]
+    head = "| at twice capacity | | reach |\n|---|---:|---|"
+    return "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement [10]")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison, in turns [3]")
+    parser.add_argument("--rounds", type=int, default=5, help="of both, in turns [5]")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "slow.onnx"
         seconds = write_model(model)
-        print(f"Inference of one image alone: {seconds * 1000:.1f} ms.\n")
+        print(
+            f"{machine()}; medians of {given.rounds} interleaved rounds of {given.seconds:g} s, "
+            f"`python -m tests.benchmarks.service`; inference of one image alone: {seconds * 1000:.1f} ms\n",
+            flush=True,
+        )
         roomy = ("--queue-capacity", str(max(CLIENTS)))
         with server_process(folder, *roomy, model_path=model) as ours, bare_process(model) as bare:
-            print(compare(ours.url, bare, given.seconds, given.rounds), end="\n\n", flush=True)
+            contender = Contender(ours.url, ours.process.pid)
+            print(compare(contender, bare, given.seconds, given.rounds), end="\n\n", flush=True)
         with server_process(folder, "--queue-capacity", str(QUEUE_CAPACITY), model_path=model) as ours:
-            print(overload(ours.url, given.seconds))
+            print(overload(ours.url, given.seconds, given.rounds))
 
 
 if __name__ == "__main__":
