@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install test check format demo-model bench docker-test docker-requirements clean
+.PHONY: serve install test check format demo-model article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	$(BIN)/python -m service
@@ -35,9 +35,21 @@ data/shapes: | install
 	$(BIN)/python -m training demo --out $@.unfinished --images 8000 --validation-images 500 --seed 0
 	mv $@.unfinished $@
 
+article: install data/article ## the article's claims on data: 50 minutes on two cores, training/ARTICLE.md at the end; stop and start it as you like
+	$(BIN)/python -m training article --data data/article --out runs/article --page training
+
+data/article: | install
+	rm -rf $@.unfinished
+	$(BIN)/python -m training demo --out $@.unfinished --images 3000 --validation-images 150 --seed 0
+	mv $@.unfinished $@
+
 bench: install ## the benchmarks that BENCHMARKS.md holds; nothing else should run on the machine
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.service
+	$(BIN)/python -m tests.benchmarks.cpu
+	$(BIN)/python -m tests.benchmarks.scale
+	$(BIN)/python -m tests.benchmarks.compare
+	$(BIN)/python -m tests.benchmarks.compare --resnet50 --clients 1 8 --requests 20 --rounds 2
 
 docker-test: install ## builds the images and tests them with Compose, Prometheus and the proxy; needs a Docker engine
 	DOCKER_TEST=1 $(BIN)/python -m pytest -ra tests/test_docker.py

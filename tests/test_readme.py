@@ -9,6 +9,7 @@ import pytest
 
 from service.config import Settings, flag
 from tests.serving import server_process
+from training.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,10 +32,13 @@ def test_the_readmes_curl_prints_the_detections_that_it_shows(tmp_path: Path) ->
         assert found["box"] == pytest.approx(expected["box"], abs=1)
 
 
-def test_every_setting_that_the_readme_names_exists() -> None:
+def test_every_setting_that_the_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    of_training = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
     named = set(re.findall(r"^\| `(--[a-z0-9-]+)`", README, re.MULTILINE))
     assert named
-    assert named <= {flag(name) for name in Settings.model_fields}
+    assert named <= of_training | {flag(name) for name in Settings.model_fields}
 
 
 def test_every_file_that_the_readme_links_exists() -> None:
