@@ -65,6 +65,22 @@ def test_thresholds_and_limits_mean_what_torchvision_means(score: float, iou: fl
     assert_same(default(found, score, iou, best), reference(found, score, iou, best, None))
 
 
+@pytest.mark.parametrize("best", [10, 100])
+def test_where_the_best_overlap_each_other_the_others_get_their_turn(best: int) -> None:
+    """The best candidates are looked at first; here too few of them survive."""
+    many, few = random_candidates(40 * best, 3), random_candidates(3 * best, 3, seed=1)
+    twins = np.tile(many.boxes[:1], (len(many.boxes), 1))
+    found = candidates(
+        np.concatenate([twins, few.boxes]),
+        np.concatenate([0.5 + many.scores / 2, few.scores / 2]),
+        np.concatenate([many.labels, few.labels]),
+    )
+    answer = default(found, score=0, best=best)
+    assert len(answer) == best
+    assert (answer.scores < 0.5).sum() == best - 3
+    assert_same(answer, reference(found, 0, 0.5, best, None))
+
+
 def test_detections_equal_batched_nms() -> None:
     found = random_candidates(2000, 10)
     passing = found.scores > 0.05
