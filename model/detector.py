@@ -110,13 +110,15 @@ class Detector:
             raise DeviceUnavailable("this ONNX Runtime is built without CUDA: install retinaserve[gpu] and no [cpu]")
         model = _read(path)
         self.path, self.device_requested = path, device
+        self._threads = threads or available_cores()
         self.sha256 = hashlib.sha256(model).hexdigest()
-        session = _open_verified(path, model, threads)
+        session = _open_verified(path, model, self._threads)
         self.metadata = _metadata(path, session)
         self.provider, self.fell_back = CPU, False
         self._run_batch: AnyShape | FixedShapes = AnyShape(session)
+        self._run_beside: AnyShape | None = None
         self._for_short_runs: Callable[[], ort.InferenceSession] | None = partial(
-            open_on_cpu, model, threads, short_runs=True
+            open_on_cpu, model, self._threads, short_runs=True
         )
         if device != "cpu" and has_cuda_build():
             self._move_to_cuda(model, gpu_memory_limit_bytes or DEFAULT_GPU_MEMORY_BYTES)
@@ -144,16 +146,37 @@ class Detector:
             self.provider, self._run_batch = CUDA, on_cuda
             self._for_short_runs = None
 
-    def run(self, canvases: Sequence[CanvasImage]) -> list[Candidates]:
-        """One answer per canvas, in order; all canvases have one canvas_size."""
+    def run(self, canvases: Sequence[CanvasImage], *, beside_others: bool = False) -> list[Candidates]:
+        """One answer per canvas, in order; all canvases have one canvas_size. `beside_others`: see `shares_device`."""
         assert len({canvas.canvas_size for canvas in canvases}) == 1, "a batch holds canvases of one size"
+        run_batch = self._run_beside if beside_others and self._run_beside is not None else self._run_batch
         try:
-            boxes, scores, labels = self._run_batch(canvases)
+            boxes, scores, labels = run_batch(canvases)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise InferenceFailed.because(error) from error
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
             raise InferenceFailed("the network's answer is not finite")
         return [Candidates(*row) for row in zip(boxes, scores, labels, strict=True)]
+
+    def shares_device(self, crowded: bool) -> bool:
+        """Whether a run should share the device with others, `crowded`: if there are any.
+
+        On CUDA always: the images of one are uploaded while another runs. On a CPU a run that is alone has all cores
+        and nothing else should run; of a crowd's, each has fewer, which wastes less of them, once `open_beside` has
+        made that possible.
+        """
+        return self.provider == CUDA or (crowded and self._run_beside is not None)
+
+    def open_beside(self, runs_at_once: int) -> None:
+        """On a CPU of several threads: get ready for so many runs side by side. Takes as long as loading, and the
+        weights' memory once more. InvalidModel: the file is no longer the one that was opened."""
+        if self.provider == CUDA or self._threads == 1 or runs_at_once == 1:
+            return
+        model = _read(self.path)  # not kept since it was loaded: its bytes take as much memory as the weights
+        if hashlib.sha256(model).hexdigest() != self.sha256:
+            raise InvalidModel(f"{self.path} has changed since it was loaded")
+        own_threads = max(1, self._threads + 1 - runs_at_once)  # each run's caller computes, too
+        self._run_beside = AnyShape(open_on_cpu(model, own_threads))
 
     def warm_up(self, max_batch_size: int = 1) -> None:
         """Run blank canvases, so that the first real picture finds plans made: on the CPU a small one, and a whole

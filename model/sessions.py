@@ -1,6 +1,7 @@
 """How ONNX Runtime is asked to compute: sessions on the CPU and on CUDA, and which of them runs a batch.
 
-On the CPU one session takes any shape. On CUDA a session keeps one plan of each convolution, for the last shape it saw,
+On the CPU one session takes any shape; of its threads one is the caller's own, so that callers side by side are threads
+more. On CUDA a session keeps one plan of each convolution, for the last shape it saw,
 and makes all of them again when the shape changes; so each shape gets a session of its own, and a batch is padded to
 the next power of two to keep the shapes few.
 

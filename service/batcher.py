@@ -6,9 +6,8 @@ bounds all that is being decoded, waiting or running. The device threads form ea
 lock: the oldest job first, then the oldest others of its group, so no rare group starves and nothing waits for a batch
 to fill (unless `max_delay_seconds`). Gone jobs are dropped when a batch forms.
 
-While a batch runs, `runs_at_once` allows more, if they are full: who comes later would not be in them anyway, so that
-nothing is lost by forming them before the device is free. The device, or its lock, decides what the second run may do
-meanwhile.
+A batch has the device alone, or is one of up to `runs_at_once` that share it: `shares` decides when it forms. Beside
+others only a full batch forms: who comes later would not be in it anyway, so nothing is lost by not waiting for them.
 
 Threads: any thread may call any method. `run` and `deliver` are called on the device threads, or on one that lends
 itself by `put_or_run`, and must not raise.
@@ -54,23 +53,23 @@ class QueueFull(Exception):
 class Batcher(Generic[JobT, ResultT]):
     def __init__(
         self,
-        run: Callable[[list[JobT]], list[ResultT]],
+        run: Callable[[list[JobT], bool], list[ResultT]],
         deliver: Callable[[list[JobT], list[ResultT]], None],
         *,
         capacity: int,
         max_delay_seconds: float = 0,
         runs_at_once: int = 1,
-        allowed_runs: Callable[[float], int] | None = None,
+        shares: Callable[[bool], bool] = lambda crowded: True,
     ) -> None:
-        """`run` answers a batch, in order; `deliver` takes the answers after their places are free again, while another
-        device thread may run the next batch. `allowed_runs` says how many of `runs_at_once` may be on the device, by
-        the seconds that one image has taken lately (0: unknown)."""
+        """`run` answers a batch, in order, and is told whether the batch shares the device; `deliver` takes the answers
+        after their places are free again, while another device thread may run the next batch. `shares` says whether a
+        batch that forms now shares the device, by whether more wait or run; it is called under the queue's lock."""
         self._run = run
         self._deliver = deliver
         self.capacity = capacity
         self._max_delay_seconds = max_delay_seconds
         self._runs_at_once = runs_at_once
-        self._allowed_runs = allowed_runs or (lambda seconds_per_image: runs_at_once)
+        self._shares = shares
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, JobT]] = []  # (since, job), oldest first
         self._places_taken = 0
@@ -158,7 +157,7 @@ class Batcher(Generic[JobT, ResultT]):
             if self._runs or self._waiting or self._max_delay_seconds:
                 self.put(job)
                 return
-            run = self._take([job])
+            run = self._take([job], self._shares(False))
         self._process([job], run)
 
     def remove(self, job: JobT) -> bool:
@@ -175,7 +174,7 @@ class Batcher(Generic[JobT, ResultT]):
             self._process(*taken)
 
     def _process(self, batch: list[JobT], run: "_Run") -> None:
-        results = self._run(batch)
+        results = self._run(batch, run.shares)
         self._end(run)
         self._deliver(batch, results)
 
@@ -185,18 +184,21 @@ class Batcher(Generic[JobT, ResultT]):
             while True:
                 self._drop_gone()
                 delay_left = None
-                if self._waiting and len(self._runs) < self._runs_allowed:
+                if self._waiting and self._has_room():
                     batch = self._form()
                     delay_left = self._delay_left(batch)
                     if delay_left is not None and delay_left <= 0:
-                        return batch, self._take(batch)
+                        crowded = bool(self._runs) or len(self._waiting) > len(batch)
+                        return batch, self._take(batch, self._shares(crowded))
                 elif self._closing and not self._waiting:
                     return None
                 self._changed.wait(delay_left)
 
-    @property
-    def _runs_allowed(self) -> int:
-        return min(self._runs_at_once, self._allowed_runs(self._seconds_per_image))
+    def _has_room(self) -> bool:
+        """One more run may start: none does, or all share the device, and so would it."""
+        if not self._runs:
+            return True
+        return len(self._runs) < self._runs_at_once and all(run.shares for run in self._runs) and self._shares(True)
 
     def _drop_gone(self) -> None:
         alive = [entry for entry in self._waiting if not entry[1].gone]
@@ -217,10 +219,10 @@ class Batcher(Generic[JobT, ResultT]):
         since, _ = self._waiting[0]
         return since + self._max_delay_seconds - time.monotonic()
 
-    def _take(self, batch: list[JobT]) -> "_Run":
+    def _take(self, batch: list[JobT], shares: bool) -> "_Run":
         taken = {id(job) for job in batch}
         self._waiting = [entry for entry in self._waiting if id(entry[1]) not in taken]
-        run = _Run(len(batch), time.monotonic())
+        run = _Run(len(batch), time.monotonic(), shares)
         self._runs.append(run)
         return run
 
@@ -244,3 +246,5 @@ class _Run:
     count: int
     started: float
     """time.monotonic()"""
+    shares: bool
+    """The device, with others."""

@@ -3,7 +3,8 @@ makes of them. Knows no HTTP.
 
 A decode thread that finds the device idle runs its image itself, if another one is left to decode meanwhile. A device
 thread finishes the first image of its batch itself, while another thread runs the next batch; the others go to the
-finish pool. So an image that is alone changes threads as rarely as can be.
+finish pool. So an image that is alone changes threads as rarely as can be, and has all of the CPU's cores; a crowd's
+images run side by side, as soon as the detector is able to (`Detector.open_beside`, when the first crowd comes).
 
 A `Job` is owned by one stage at a time, and each of its timestamps ends one stage and begins the next. Waiting for a
 decode thread and waiting for the device are both `queue`. The model and the parameters are the job's own from the
@@ -18,12 +19,12 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
-from model.detector import SHORT_RUN_SECONDS, InferenceFailed
+from model.detector import Detector, InferenceFailed
 from model.image import decode_image, to_canvas, to_original
-from model.sessions import CPU
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
 from service.batcher import Batcher
@@ -140,7 +141,7 @@ class Engine:
         *,
         queue_capacity: int = 32,
         max_batch_delay_seconds: float = 0,
-        runs_at_once: int | None = None,
+        runs_at_once: int = RUNS_AT_ONCE,
         decode_threads: int = 1,
         max_image_pixels: int = 50_000_000,
     ) -> None:
@@ -150,9 +151,10 @@ class Engine:
             self._deliver,
             capacity=queue_capacity,
             max_delay_seconds=max_batch_delay_seconds,
-            runs_at_once=runs_at_once or RUNS_AT_ONCE,
-            allowed_runs=self._allowed_runs if runs_at_once is None else None,
+            runs_at_once=runs_at_once,
+            shares=self._shares,
         )
+        self._runs_at_once = runs_at_once
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, "decode")
@@ -160,18 +162,30 @@ class Engine:
         self._finishers = ThreadPoolExecutor(FINISH_THREADS, "finish")
         self._failures_in_a_row = 0
         self._failures_lock = threading.Lock()
+        self._sharing_lock = threading.Lock()
+        self._sharing_asked: WeakSet[LoadedModel] = WeakSet()
         metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.running, queue_capacity)
 
     def start(self) -> None:
         self.batcher.start()
 
-    def _allowed_runs(self, seconds_per_image: float) -> int:
-        """On CUDA the images of one are uploaded while another runs. On a CPU a run has all cores: only beside short
-        ones do the pauses between them, in which threads wake and Python works, pay for another's memory and waiting.
-        """
+    def _shares(self, crowded: bool) -> bool:
         model = self.store.current
-        on_cpu = model is None or model.detector.provider == CPU
-        return 1 if on_cpu and not 0 < seconds_per_image < SHORT_RUN_SECONDS else RUNS_AT_ONCE
+        return model is None or model.detector.shares_device(crowded)
+
+    def _ask_for_sharing(self, model: LoadedModel) -> None:
+        """Have the detector get ready, once; meanwhile images run one after the other."""
+        with self._sharing_lock:
+            if model in self._sharing_asked:
+                return
+            self._sharing_asked.add(model)
+        threading.Thread(target=self._open_beside, args=[model.detector], name="opener", daemon=True).start()
+
+    def _open_beside(self, detector: Detector) -> None:
+        try:
+            detector.open_beside(self._runs_at_once)
+        except Exception as error:  # a thread's boundary; what serves is as it was
+            logger.warning("images go on running one after the other: %s", error)
 
     def close(self, timeout_seconds: float = 5) -> bool:
         """Finish what was admitted; False: the device is stuck."""
@@ -227,24 +241,26 @@ class Engine:
         else:
             self._put(job)
 
-    def _run(self, batch: list[Job]) -> list[Candidates | Exception]:
+    def _run(self, batch: list[Job], shares: bool) -> list[Candidates | Exception]:
         """On a device thread, or the decode thread of an image that is alone."""
+        if not shares and self._runs_at_once > 1 and self.batcher.depth > len(batch):
+            self._ask_for_sharing(batch[0].model)
         started = time.perf_counter()
-        results = self._attempt(batch)
+        results = self._attempt(batch, shares)
         if len(batch) > 1 and isinstance(results[0], InferenceFailed) and not results[0].fatal:
-            results = [self._attempt([job])[0] for job in batch]  # only the image that fails alone shall fail
+            results = [self._attempt([job], shares)[0] for job in batch]  # only the image that fails alone shall fail
         ended = time.perf_counter()
         for job in batch:
             job.watch.lap("queue", started)
             job.watch.lap("inference", ended)
         return results
 
-    def _attempt(self, batch: list[Job]) -> list[Candidates | Exception]:
+    def _attempt(self, batch: list[Job], shares: bool) -> list[Candidates | Exception]:
         """The candidates of each, or one error for all."""
         self._metrics.batch_size.observe(len(batch))
         detector = batch[0].model.detector
         try:
-            candidates = detector.run([job.canvas for job in batch if job.canvas is not None])
+            candidates = detector.run([job.canvas for job in batch if job.canvas is not None], beside_others=shares)
         except Exception as error:  # the device thread's boundary: it must outlive any failure
             self._note_failure(error, batch[0].model)
             return [error] * len(batch)

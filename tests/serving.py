@@ -62,6 +62,9 @@ class FakeDetector:
     device_requested: str = "auto"
     fell_back: bool = False
     sha256: str = "0" * 64
+    beside_others: list[bool] = field(default_factory=list)
+    """Of each run, whether it was told to leave the others room."""
+    opened_beside: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -70,7 +73,14 @@ class FakeDetector:
     def warm_up(self, max_batch_size: int = 1) -> None:
         pass
 
-    def run(self, canvases: Sequence[CanvasImage]) -> list[Candidates]:
+    def shares_device(self, crowded: bool) -> bool:
+        return crowded and bool(self.opened_beside)
+
+    def open_beside(self, runs_at_once: int) -> None:
+        self.opened_beside.append(runs_at_once)
+
+    def run(self, canvases: Sequence[CanvasImage], *, beside_others: bool = False) -> list[Candidates]:
+        self.beside_others.append(beside_others)
         self.gate.wait()
         time.sleep(self.seconds)
         self.batches.append(len(canvases))

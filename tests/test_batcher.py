@@ -26,8 +26,10 @@ class Device:
     capacity: int = 32
     max_delay_seconds: float = 0
     runs_at_once: int = 1
-    allowed_runs: Callable[[float], int] | None = None
+    shares: Callable[[bool], bool] = lambda crowded: True
     ran: list[list[str]] = field(default_factory=list)
+    shared: list[bool] = field(default_factory=list)
+    """Of each run, whether it was told to share the device."""
     delivered: list[str] = field(default_factory=list)
     depth_at_delivery: list[int] = field(default_factory=list)
     free: threading.Event = field(default_factory=threading.Event)
@@ -41,11 +43,12 @@ class Device:
             capacity=self.capacity,
             max_delay_seconds=self.max_delay_seconds,
             runs_at_once=self.runs_at_once,
-            allowed_runs=self.allowed_runs,
+            shares=self.shares,
         )
         self.batcher.start()
 
-    def run(self, batch: list[Job]) -> list[str]:
+    def run(self, batch: list[Job], shares: bool) -> list[str]:
+        self.shared.append(shares)
         self.ran.append([job.name for job in batch])
         self.free.wait()
         return [job.name for job in batch]
@@ -196,19 +199,37 @@ def test_beside_a_batch_that_runs_only_a_full_one_starts() -> None:
     assert sorted(device.ran[2:]) == [["d", "e"], ["wide"]], "at once, as the device became free"
 
 
-def test_how_many_run_at_once_may_depend_on_how_long_an_image_takes() -> None:
-    device = Device(runs_at_once=3, allowed_runs=lambda seconds: 3 if 0 < seconds < 1 else 1)
-    device.put(*(Job(name, max_batch_size=1) for name in "abcd"))
-    wait_until(lambda: device.ran == [["a"]])
-    assert device.batcher.running == 1, "none has ended, so nothing is known"
+def put_together(device: Device, *names: str) -> None:
+    """Jobs that fill a batch each, all there before a device thread looks."""
+    device.batcher.take_places(len(names), 1000)
+    with device.batcher._changed:
+        for name in names:
+            device.batcher.put(Job(name, max_batch_size=1))
+
+
+def test_a_lone_job_has_the_device_alone_and_a_crowd_shares_it() -> None:
+    device = Device(runs_at_once=2, shares=lambda crowded: crowded)
+    device.occupy()
+    put_together(device, "a", "b", "c")
+    assert device.batcher.running == 1, "the first is alone, though two may run"
     device.free.set()
     wait_until(lambda: device.batcher.depth == 0)
-    assert 0 < device.batcher._seconds_per_image < 1
     device.free.clear()
-    device.put(*(Job(name, max_batch_size=1) for name in "efgh"))
-    wait_until(lambda: device.batcher.running == 3)
+    put_together(device, "d", "e", "f")
+    wait_until(lambda: device.batcher.running == 2)
     device.finish()
-    assert sorted(name for batch in device.ran for name in batch) == list("abcdefgh")
+    told = dict(zip((name for [name] in device.ran), device.shared, strict=True))
+    assert told["first"] is False
+    assert told["a"] and told["b"] and told["d"] and told["e"]
+
+
+def test_where_runs_cannot_share_the_device_a_crowd_waits() -> None:
+    device = Device(runs_at_once=2, shares=lambda crowded: False)
+    put_together(device, "a", "b", "c")
+    wait_until(lambda: device.batcher.running == 1)
+    device.finish()
+    assert device.ran == [["a"], ["b"], ["c"]]
+    assert device.shared == [False] * 3
 
 
 def test_a_batch_that_is_not_full_waits_until_the_device_is_free() -> None:

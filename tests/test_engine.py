@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from model.detector import Detector, InferenceFailed
+from model.metadata import InvalidModel
 from model.types import CanvasImage
 from tests.serving import FakeDetector, Serving, picture, serving
 from tests.tiny_model import write_tiny_model
@@ -78,34 +79,36 @@ def test_a_batch_gets_all_its_places_or_429() -> None:
         assert server.client.post("/detect/batch", files=[("image", picture())] * 5).status_code == 400
 
 
-def test_a_second_run_starts_beside_the_first_and_a_third_waits() -> None:
-    with serving(detector := FakeDetector(), runs_at_once=2) as server:
-        detector.gate.clear()
-        answers = in_background(3, lambda: detect(server))
-        server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 3)
-        server.wait_until(lambda: server.metric("retinaserve_requests_running") == 2)
-        server.wait_until(lambda: len(server.service.engine.batcher._waiting) == 1)
-        detector.gate.set()
-        for answer in answers:
-            timing = answer.result().json()["timing_ms"]
-            assert sum(timing.values()) - timing["total"] == pytest.approx(timing["total"], abs=0.01)
-    assert detector.batches == [1, 1, 1]
+def test_a_crowd_has_the_detector_get_ready_for_runs_side_by_side_and_shares_the_device() -> None:
+    with serving(detector := FakeDetector(seconds=0.01), runs_at_once=2, queue_capacity=20) as server:
+        assert detect(server).status_code == 200
+        assert detector.opened_beside == [], "nobody waited"
+        for _ in range(2):
+            for answer in in_background(20, lambda: detect(server)):
+                timing = answer.result().json()["timing_ms"]
+                assert sum(timing.values()) - timing["total"] == pytest.approx(timing["total"], abs=0.01)
+            server.wait_until(lambda: detector.opened_beside == [2])
+        assert any(detector.beside_others)
+        assert detect(server).status_code == 200
+        assert detector.beside_others[-1] is False, "alone"
 
 
-def test_unless_told_several_runs_share_a_cpu_only_while_they_are_short() -> None:
-    with serving(detector := FakeDetector(), runs_at_once=None) as server:
-        batcher = server.service.engine.batcher
-        detector.gate.clear()
-        answers = in_background(3, lambda: detect(server))
-        server.wait_until(lambda: len(batcher._waiting) == 2)
-        assert batcher.running == 1, "how long one takes is not known yet"
-        detector.gate.set()
-        assert [answer.result().status_code for answer in answers] == [200] * 3
-        for seconds, allowed in ((0.005, 2), (0.2, 1)):
-            batcher._seconds_per_image = seconds
-            assert batcher._runs_allowed == allowed
-        detector.provider = "CUDAExecutionProvider"
-        assert batcher._runs_allowed == 2, "one is uploaded while the other runs"
+def test_with_one_run_at_once_the_detector_never_gets_ready_for_more() -> None:
+    with serving(detector := FakeDetector(seconds=0.01), runs_at_once=1, queue_capacity=20) as server:
+        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
+    assert detector.opened_beside == [] and not any(detector.beside_others)
+
+
+def test_a_detector_that_cannot_get_ready_goes_on_one_after_the_other(caplog: pytest.LogCaptureFixture) -> None:
+    class Changed(FakeDetector):
+        def open_beside(self, runs_at_once: int) -> None:
+            raise InvalidModel("the file has changed")
+
+    with serving(detector := Changed(seconds=0.01), runs_at_once=2, queue_capacity=20) as server:
+        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
+        server.wait_until(lambda: "the file has changed" in caplog.text)
+    assert not any(detector.beside_others)
+    assert caplog.text.count("the file has changed") == 1
 
 
 def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> None:
