@@ -47,7 +47,7 @@ def test_the_network_is_what_the_convolutions_need_and_no_more() -> None:
 
 
 def test_activations_are_uint8_and_weights_int8_for_each_output_channel() -> None:
-    quantised = quantise(graph(), canvases(), keep_predictors=False)
+    quantised = quantise(graph(), canvases(), quantise_predictors=True)
     onnx.checker.check_model(quantised, full_check=True)
     stored = {tensor.name: tensor for tensor in quantised.graph.initializer}
     weights = stored["stem.weight_quantized"]
@@ -59,7 +59,7 @@ def test_activations_are_uint8_and_weights_int8_for_each_output_channel() -> Non
 
 
 def test_reduced_range_leaves_weights_that_cannot_saturate_without_vnni() -> None:
-    quantised = quantise(graph(), canvases(), keep_predictors=False, reduce_range=True)
+    quantised = quantise(graph(), canvases(), quantise_predictors=True, reduce_range=True)
     weights = [
         numpy_helper.to_array(each) for each in quantised.graph.initializer if each.data_type == TensorProto.INT8
     ]
@@ -69,15 +69,15 @@ def test_reduced_range_leaves_weights_that_cannot_saturate_without_vnni() -> Non
 
 
 def test_box_decoding_stays_fp32_and_so_do_the_predictors_if_asked() -> None:
-    def quantised_convolutions(keep_predictors: bool) -> set[str]:
-        model = quantise(graph(), canvases(), keep_predictors=keep_predictors)
+    def quantised_convolutions(quantise_predictors: bool) -> set[str]:
+        model = quantise(graph(), canvases(), quantise_predictors=quantise_predictors)
         makers = {output: node.op_type for node in model.graph.node for output in node.output}
         assert makers["boxes"] == "Add"
         convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
         return {node.name for node in convolutions if makers.get(node.input[1]) == "DequantizeLinear"}
 
-    assert quantised_convolutions(keep_predictors=False) == {"stem", "predictor"}
-    assert quantised_convolutions(keep_predictors=True) == {"stem"}
+    assert quantised_convolutions(quantise_predictors=True) == {"stem", "predictor"}
+    assert quantised_convolutions(quantise_predictors=False) == {"stem"}
 
 
 def test_int8_without_pictures_to_calibrate_on_is_refused(tmp_path: Path) -> None:

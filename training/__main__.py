@@ -287,7 +287,7 @@ def export(options: argparse.Namespace) -> None:
     if options.calibration is not None:
         data_set = load_coco(options.calibration, "train")
         calibration = Calibration(
-            data_set, options.calibration_images, not options.quantise_predictors, options.reduce_range
+            data_set, options.calibration_images, options.quantise_predictors, options.reduce_range
         )
     run_export(
         load_checkpoint(options.model),

@@ -58,8 +58,8 @@ class Calibration:
 
     data_set: CocoDataSet
     num_images: int = 100
-    keep_predictors: bool = True
-    """The two output layers stay fp32."""
+    quantise_predictors: bool = False
+    """The two output layers too."""
     reduce_range: bool = False
     """Weights of 7 bits: exact without VNNI too, see training/quantise.py."""
 
@@ -95,7 +95,7 @@ def export(
         model = quantise(
             model,
             calibration.canvases(resize),
-            keep_predictors=calibration.keep_predictors,
+            quantise_predictors=calibration.quantise_predictors,
             reduce_range=calibration.reduce_range,
         )
         examples = canvas_inputs(next(calibration.canvases(resize)))

@@ -26,13 +26,17 @@ PREDICTORS = ("cls_logits", "bbox_reg")
 
 
 def quantise(
-    model: onnx.ModelProto, canvases: Iterable[CanvasImage], *, keep_predictors: bool, reduce_range: bool = False
+    model: onnx.ModelProto,
+    canvases: Iterable[CanvasImage],
+    *,
+    quantise_predictors: bool = False,
+    reduce_range: bool = False,
 ) -> onnx.ModelProto:
-    """keep_predictors  the two output layers stay fp32, which saves AP
-    reduce_range        weights of 7 bits, for CPUs without VNNI
+    """quantise_predictors  the two output layers too, which costs AP
+    reduce_range            weights of 7 bits, for CPUs without VNNI
     """
     nodes = [node for node in network_nodes(model) if node.op_type in QUANTISED_OPERATORS]
-    if keep_predictors:
+    if not quantise_predictors:
         nodes = [node for node in nodes if not _is_predictor(node)]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"

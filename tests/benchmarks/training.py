@@ -1,6 +1,7 @@
 """Our training against torchvision's reference loop: steps a second, data loading, memory.
 
     python -m tests.benchmarks.training [--backbone resnet50] [--shorter-side 800] [--batch-size 2] [--rounds N]
+        [--channels-last] [--precision bf16]
 
 Both sides train the same network (torchvision's v1: frozen batch norm, the last three stages of the backbone, plain
 L1) from the same weights, on the same pictures in the same order, with as many loading processes and threads;
@@ -194,6 +195,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes that load samples, on each side")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False, help="our layout")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours; theirs is fp32")
     parser.add_argument("--memory-of", choices=("ours", "theirs"), help="print the peak memory of one side, in GiB")
     parser.add_argument("--data", type=Path, help="a COCO-format data set instead of one drawn for the occasion")
     return parser.parse_args()
@@ -209,6 +211,7 @@ def setting_of(options: argparse.Namespace, data: Path, workers: int) -> Setting
         augment=replace(preset.augment, shorter_sides=(side,)),
         batch_size=options.batch_size,
         channels_last=options.channels_last,
+        precision=options.precision,
         pretrained_backbone=False,
     )
     return Setting(config, data, workers)
@@ -231,6 +234,7 @@ def main() -> int:
         ours, theirs = take_turns(options.rounds, our_steps(setting), their_steps(setting))
         same = ["--backbone", options.backbone, "--shorter-side", str(options.shorter_side)]
         same += ["--batch-size", str(options.batch_size), "--data", str(data)]
+        same += ["--precision", options.precision]
         same += ["--channels-last" if options.channels_last else "--no-channels-last"]
         our_memory, their_memory = (peak_memory(side, same) for side in ("ours", "theirs"))
     print_table(options, ours, theirs, loading, our_memory, their_memory)
@@ -243,7 +247,7 @@ def print_table(
     print(
         f"{machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}; {options.backbone}, shorter "
         f"side {options.shorter_side} px, {options.batch_size} images a step, {options.workers} loading processes, "
-        f"ours channels {'last' if options.channels_last else 'first'}, "
+        f"ours {options.precision}, channels {'last' if options.channels_last else 'first'}, "
         f"medians of {options.rounds} turns of {STEPS_IN_A_TURN - 1} steps, `python -m tests.benchmarks.training`\n"
     )
     print("| measured | ours | torchvision's | ratio | reach |\n|---|---|---|---|---|")
