@@ -149,7 +149,8 @@ class Batcher(Generic[JobT, ResultT]):
         """Queue a job that has a place."""
         with self._changed:
             self._waiting.append((time.monotonic(), job))
-            self._changed.notify()
+            if self._has_room():
+                self._changed.notify()
 
     def put_or_run(self, job: JobT) -> None:
         """Queue a job that has a place; or, if all is idle, be its device thread: it need not wait for one to wake."""
@@ -158,7 +159,7 @@ class Batcher(Generic[JobT, ResultT]):
                 self.put(job)
                 return
             run = self._take([job], self._shares(False))
-        self._process([job], run)
+        self._process([job], run, lent=True)
 
     def remove(self, job: JobT) -> bool:
         """Take a waiting job out and give its place back. False: it does not wait (yet, or any more)."""
@@ -173,9 +174,9 @@ class Batcher(Generic[JobT, ResultT]):
         while taken := self._next_batch():
             self._process(*taken)
 
-    def _process(self, batch: list[JobT], run: "_Run") -> None:
+    def _process(self, batch: list[JobT], run: "_Run", *, lent: bool = False) -> None:
         results = self._run(batch, run.shares)
-        self._end(run)
+        self._end(run, lent)
         self._deliver(batch, results)
 
     def _next_batch(self) -> "tuple[list[JobT], _Run] | None":
@@ -189,7 +190,10 @@ class Batcher(Generic[JobT, ResultT]):
                     delay_left = self._delay_left(batch)
                     if delay_left is not None and delay_left <= 0:
                         crowded = bool(self._runs) or len(self._waiting) > len(batch)
-                        return batch, self._take(batch, self._shares(crowded))
+                        run = self._take(batch, self._shares(crowded))
+                        if self._waiting and self._has_room():
+                            self._changed.notify()  # each wakes the next: to wake all for one place costs them time
+                        return batch, run
                 elif self._closing and not self._waiting:
                     return None
                 self._changed.wait(delay_left)
@@ -226,7 +230,8 @@ class Batcher(Generic[JobT, ResultT]):
         self._runs.append(run)
         return run
 
-    def _end(self, run: "_Run") -> None:
+    def _end(self, run: "_Run", lent: bool) -> None:
+        """Wakes another thread for what waits, if the device would be idle until this one has delivered."""
         with self._changed:
             now = time.monotonic()
             newest = (now - max(run.started, self._last_end)) / run.count  # runs overlap; what counts is the rate
@@ -235,8 +240,10 @@ class Batcher(Generic[JobT, ResultT]):
             self._last_end = now
             self._runs.remove(run)
             self._places_taken -= run.count
-            if self._waiting or self._closing:
+            if self._closing:
                 self._changed.notify_all()
+            elif self._waiting and (lent or not self._runs):
+                self._changed.notify()
 
 
 @dataclass(frozen=True, eq=False)

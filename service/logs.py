@@ -9,11 +9,13 @@ import json
 import logging
 import queue
 import sys
+import time
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from typing import Literal
 
 MAX_WAITING_LINES = 10_000
+GATHER_SECONDS = 0.05
 LogFormat = Literal["auto", "json", "text"]
 
 
@@ -49,6 +51,17 @@ class Handover(QueueHandler):
         return record
 
 
+class Unhurried(QueueListener):
+    """Writes what there is, then lets lines gather: to wake a thread for each takes longer than writing it."""
+
+    queue: "queue.Queue[logging.LogRecord]"
+
+    def handle(self, record: logging.LogRecord) -> None:
+        super().handle(record)
+        if self.queue.empty():
+            time.sleep(GATHER_SECONDS)
+
+
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = record.__dict__.get("fields", {})
     return fields
@@ -66,6 +79,6 @@ def start_logging(log_format: LogFormat, level: str) -> QueueListener:
     for library in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(library).setLevel(max(logging.WARNING, root.level))
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is its client's to know
-    listener = QueueListener(records, handler)
+    listener = Unhurried(records, handler)
     listener.start()
     return listener

@@ -294,6 +294,34 @@ def test_closing_waits_for_a_run_on_a_lent_thread(device: Device) -> None:
     lent.join()
 
 
+def test_when_a_lent_thread_has_run_another_takes_what_waits_though_a_run_goes_on() -> None:
+    """A device thread would take it itself; a lent one does not come back."""
+    gates = {name: threading.Event() for name in "abc"}
+    ran: list[str] = []
+
+    def run(batch: list[Job], shares: bool) -> list[str]:
+        [job] = batch
+        ran.append(job.name)
+        assert gates[job.name].wait(20)
+        return [job.name]
+
+    batcher: Batcher[Job, str] = Batcher(run, lambda batch, results: None, capacity=3, runs_at_once=2)
+    batcher.start()
+    batcher.take_places(3, 1000)
+    lent = threading.Thread(target=batcher.put_or_run, args=[Job("a", max_batch_size=1)])
+    lent.start()
+    wait_until(lambda: ran == ["a"])
+    batcher.put(Job("b", max_batch_size=1))
+    wait_until(lambda: ran == ["a", "b"])
+    batcher.put(Job("c", max_batch_size=1))
+    gates["a"].set()
+    wait_until(lambda: ran == ["a", "b", "c"])
+    for gate in gates.values():
+        gate.set()
+    lent.join()
+    assert batcher.close(10)
+
+
 def test_a_job_that_shall_wait_for_others_is_queued_though_all_is_idle() -> None:
     device = Device(max_delay_seconds=1000)
     device.free.set()

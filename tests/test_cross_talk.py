@@ -69,7 +69,7 @@ def detections_of(reply: Reply) -> list[list[dict[str, Any]]]:
 def test_each_of_500_concurrent_requests_gets_the_answer_it_gets_alone(tmp_path: Path) -> None:
     asked = questions(REQUESTS)
     write_tiny_model(tmp_path / "tiny.onnx")
-    flags = ("--queue-capacity", "1000", "--max-batch-size", "8", "--request-timeout-seconds", "250", "--threads", "1")
+    flags = ("--queue-capacity", "1000", "--max-batch-size", "8", "--request-timeout-seconds", "250", "--threads", "2")
     with server_process(tmp_path, *flags, model_path=tmp_path / "tiny.onnx") as server:
         alone = [question.asked_alone(server.url) for question in asked]
         runs_alone = Scrape(server.url)("retinaserve_batch_size_count")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.logs import Handover, LogFormat, start_logging
+from service.logs import Handover, LogFormat, Unhurried, start_logging
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +54,16 @@ def test_when_nobody_reads_lines_are_lost_and_memory_is_not() -> None:
     for number in range(5):
         handler.handle(logging.makeLogRecord({"msg": str(number)}))
     assert [records.get().msg, records.get().msg] == ["0", "1"]
+
+
+def test_lines_that_come_together_are_written_together_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("service.logs.time.sleep", pauses.append)
+    stream = io.StringIO()
+    listener = Unhurried(queue.Queue(), logging.StreamHandler(stream))
+    for number in range(100):
+        listener.queue.put_nowait(logging.makeLogRecord({"msg": str(number)}))
+    listener.start()
+    listener.stop()
+    assert stream.getvalue().splitlines() == [str(number) for number in range(100)]
+    assert len(pauses) <= 1

@@ -130,7 +130,7 @@ def test_swaps_and_bad_files_under_load_lose_no_request_and_mix_no_answer(tmp_pa
     live = tmp_path / "live.onnx"
     put(models.paths["even"], live)
     poll_seconds = "0" if noticed_by == "signal" else "0.05"
-    flags = ("--model-poll-seconds", poll_seconds, "--threads", "1", "--max-batch-size", "4")
+    flags = ("--model-poll-seconds", poll_seconds, "--threads", "2", "--max-batch-size", "4")
     with server_process(tmp_path, *flags, model_path=live) as server:
         with constantly(CLIENTS, call):
             for swap in range(1, SWAPS + 1):
