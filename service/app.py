@@ -216,18 +216,32 @@ async def answers_of(
 
     Whatever happens, work that nobody will read is not begun.
     """
-    gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(receive))
-    everything: asyncio.Future[Any] = asyncio.gather(*(job.future for job in jobs), return_exceptions=True)
+    loop = asyncio.get_running_loop()
+    enough, unfinished = loop.create_future(), len(jobs)
+
+    def wake(_: object = None) -> None:
+        if not enough.done():
+            enough.set_result(None)
+
+    def job_done(_: object) -> None:
+        nonlocal unfinished
+        unfinished -= 1
+        if not unfinished:
+            wake()
+
+    gone = loop.create_task(_disconnected(receive))
+    gone.add_done_callback(wake)
+    timer = loop.call_later(timeout_seconds, wake)
+    for job in jobs:
+        job.future.add_done_callback(job_done)
     try:
-        await asyncio.wait({gone, everything}, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if everything.done():
-            results: list[Any] = everything.result()
-            return results
-        if gone.done():
+        await enough
+        if unfinished and gone.done():
             raise ClientGone("the connection was closed before the answer")
         late = DeadlineExceeded(f"the answer was not ready within {timeout_seconds:g} s")
         return [(job.future.exception() or job.future.result()) if job.future.done() else late for job in jobs]
     finally:
+        timer.cancel()
         gone.cancel()
         for job in jobs:
             if not job.future.done():

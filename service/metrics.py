@@ -62,8 +62,7 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
-        for stage in STAGES:
-            self.stage_duration.labels(stage)
+        self._stage_durations = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         self.request_duration = histogram(
             "request_duration_seconds", "Time from request to encoded answer, of answered requests.", STAGE_SECONDS
         )
@@ -127,7 +126,7 @@ class Metrics:
     def observe_image(self, stages: Mapping[str, float], pixels: int, detections: int) -> None:
         """Count one answered image; `stages` are seconds."""
         for stage, seconds in stages.items():
-            self.stage_duration.labels(stage).observe(seconds)
+            self._stage_durations[stage].observe(seconds)
         self.images.inc()
         self.detections.inc(detections)
         self.image_pixels.observe(pixels)
