@@ -26,7 +26,7 @@ from service.drawing import PictureFormat, draw, encode_picture
 from service.engine import DeadlineExceeded, Detected, Engine, Finish, Job, Options
 from service.errors import CODES, KINDS, PROBLEM_MEDIA_TYPE, InvalidParameter, problem, problem_of
 from service.metrics import METHODS, OTHER_METHOD, UNMATCHED, Metrics, program_version
-from service.middleware import Linger, Observe, RequireKey, problem_response, record_of
+from service.middleware import Linger, Observe, RequireKey, Shed, problem_response, record_of
 from service.openapi import (
     BATCH_BODY,
     EVERYWHERE,
@@ -107,6 +107,10 @@ class Service:
         if self.store.current is None:
             return "loading the model"
         return self.why_not_alive()
+
+    def refusal(self) -> Exception | None:
+        """Why no image can be admitted now."""
+        return self.engine.batcher.refusal(1, self._settings.request_timeout_seconds)
 
     def thresholds(self, model: LoadedModel) -> Thresholds:
         """What holds where the query says nothing: the settings, then the model file."""
@@ -417,6 +421,7 @@ def _middleware(service: Service, settings: Settings, routes: Sequence[str]) -> 
         )
     if settings.api_keys:
         layers.append(Middleware(RequireKey, keys=[key.get_secret_value() for key in settings.api_keys]))
+    layers.append(Middleware(Shed, refusal=service.refusal))
     return layers
 
 

@@ -130,15 +130,19 @@ class Batcher(Generic[JobT, ResultT]):
         An empty queue has no expected wait, so a wrong estimate is always corrected by a next run.
         """
         with self._changed:
-            if self._places_taken + count > self.capacity:
-                raise QueueFull(
-                    f"{self._places_taken} of {self.capacity} places in the queue are taken, {count} asked for",
-                    self.retry_after_seconds,
-                )
-            if self.expected_wait_seconds > timeout_seconds:
-                wait = f"the expected wait of {self.expected_wait_seconds:.1f} s"
-                raise QueueFull(f"{wait} exceeds the limit of {timeout_seconds:g} s", self.retry_after_seconds)
+            if (refusal := self.refusal(count, timeout_seconds)) is not None:
+                raise refusal
             self._places_taken += count
+
+    def refusal(self, count: int, timeout_seconds: float) -> QueueFull | None:
+        """Why so many places cannot be taken now."""
+        if self._places_taken + count > self.capacity:
+            taken = f"{self._places_taken} of {self.capacity} places in the queue are taken, {count} asked for"
+            return QueueFull(taken, self.retry_after_seconds)
+        if self.expected_wait_seconds > timeout_seconds:
+            wait = f"the expected wait of {self.expected_wait_seconds:.1f} s"
+            return QueueFull(f"{wait} exceeds the limit of {timeout_seconds:g} s", self.retry_after_seconds)
+        return None
 
     def give_back_place(self) -> None:
         """For a job that was admitted and never put, or that `remove` took out."""

@@ -1,7 +1,7 @@
 """What surrounds every request, as plain ASGI (the function kind of middleware hides disconnects).
 
 Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was read still reaches its
-client. RequireKey: API keys.
+client. RequireKey: API keys. Shed: refusals at the door.
 """
 
 import asyncio
@@ -145,6 +145,33 @@ class Linger:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await self._app(scope, watched_receive, lingering_send)
+
+
+class Shed:
+    """Refuses a detection request whose body is there already, while there is no place: before routing and parsing, so
+    that refusing many takes little from those admitted. A body that is still arriving takes the long way: its
+    connection can be used again."""
+
+    def __init__(self, app: ASGIApp, *, refusal: Callable[[], Exception | None]) -> None:
+        self._app = app
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_detection = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in DETECT_PATHS
+        refusal = self._refusal() if is_detection else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        first = await receive()
+        if first["type"] == "http.request" and not first.get("more_body", False):
+            await problem_response(refusal, record_of(scope).request_id)(scope, receive, send)
+            return
+        unread = [first]
+
+        async def from_the_start() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, from_the_start, send)
 
 
 class RequireKey:

@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
 
 import httpx
@@ -63,6 +64,42 @@ def test_beyond_the_places_requests_get_429_and_the_counts_are_exact() -> None:
         assert refused.json()["code"] == "overloaded" and int(refused.headers["retry-after"]) >= 1
         assert outcomes(server) | {"ok": 4, "overloaded": 16} == outcomes(server)
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 0)
+
+
+@pytest.mark.parametrize("arrives", ["at once", "in two parts"])
+def test_a_refused_client_can_use_its_connection_again(arrives: str) -> None:
+    """Whether it was refused at the door or after its body had come."""
+    with serving(detector := FakeDetector(), queue_capacity=1) as server:
+        detector.gate.clear()
+        [first] = in_background(1, lambda: detect(server))
+        server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
+        with connected(server) as connection:
+            for count in (1, 2):
+                later = 10 if arrives == "in two parts" else 0
+                send_image(connection, picture(), but_last_bytes=later)
+                if later:
+                    server.wait_until(lambda: server.metric("http_requests_in_flight") == 2)
+                    connection.sendall(picture()[-later:])
+                with HTTPResponse(connection) as answer:
+                    answer.begin()
+                    answer.read()
+                assert (answer.status, answer.will_close) == (429, False)
+                server.wait_until(lambda count=count: outcomes(server)["overloaded"] == count)  # type: ignore[misc]
+        detector.gate.set()
+        assert first.result().status_code == 200
+        assert detector.batches == [1]
+
+
+def test_without_a_key_a_client_is_told_so_and_not_that_the_queue_is_full() -> None:
+    with serving(detector := FakeDetector(), queue_capacity=1, api_keys="k") as server:
+        server.client.headers["X-API-Key"] = "k"
+        detector.gate.clear()
+        [first] = in_background(1, lambda: detect(server))
+        server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
+        assert detect(server).status_code == 429
+        assert httpx.post(server.url + "/detect", content=picture(), headers=PNG).status_code == 401
+        detector.gate.set()
+        assert first.result().status_code == 200
 
 
 def test_a_batch_gets_all_its_places_or_429() -> None:

@@ -11,6 +11,7 @@ measurements of a round, and of the rounds the median counts.
 import argparse
 import asyncio
 import contextlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import numpy as np
 import psutil
@@ -41,6 +43,7 @@ WARM_UP_SHARE = 0.2
 IMAGE = blocks(106, 64, seed=1)
 DETECT = request_head(len(IMAGE)) + IMAGE
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 
 @dataclass
@@ -82,27 +85,45 @@ class Contender:
         return times.user + times.system
 
 
-class Connection:
-    """A keep-alive connection that costs the machine as little as possible."""
+class Connection(asyncio.Protocol):
+    """A keep-alive connection that costs the machine as little as possible: the server is on the same one."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._answered: asyncio.Future[int] | None = None
 
     @classmethod
     async def to(cls, url: str) -> "Connection":
-        return cls(*await asyncio.open_connection(*address(url)))
+        _, connection = await asyncio.get_running_loop().create_connection(cls, *address(url))
+        return connection
 
     async def exchange(self, request: bytes) -> int:
-        """The answer's status."""
-        self._writer.write(request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        await self._reader.readexactly(int(length[15:]))
-        return int(head[9:12])
+        """The answer's status. ConnectionError: none came."""
+        self._answered = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answered
 
     def close(self) -> None:
-        self._writer.close()
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is not of its classes
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head_end = self._received.find(b"\r\n\r\n") + 4
+        if head_end < 4:
+            return
+        length = CONTENT_LENGTH.search(self._received, 0, head_end)
+        assert length is not None and self._answered is not None
+        if len(self._received) >= head_end + int(length[1]):
+            status = int(self._received[9:12])
+            self._received.clear()
+            self._answered.set_result(status)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_exception(ConnectionError(f"closed before an answer: {error}"))
 
 
 async def closed_loop(url: str, clients: int, seconds: float) -> Latencies:
