@@ -31,16 +31,17 @@ class Normalise(nn.Module):
         super().__init__()
         self.scale: Tensor
         self.shift: Tensor
-        self.register_buffer("scale", 1 / (255 * torch.tensor(IMAGE_STD)).view(3, 1, 1), persistent=False)
-        self.register_buffer(
-            "shift", (torch.tensor(IMAGE_MEAN) / torch.tensor(IMAGE_STD)).view(3, 1, 1), persistent=False
-        )
+        self.register_buffer("scale", 1 / (255 * torch.tensor(IMAGE_STD)).view(3, 1), persistent=False)
+        self.register_buffer("shift", (torch.tensor(IMAGE_MEAN) / torch.tensor(IMAGE_STD)).view(3, 1), persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
-        pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale - self.shift
-        rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
-        columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
-        return pixels * (rows[:, None, :, None] & columns[:, None, None, :])
+        batch, height, width, _ = images.shape
+        planes = images.permute(0, 3, 1, 2).reshape(batch, 3, height * width)  # else ORT transposes floats, not bytes
+        rows = torch.arange(height, device=images.device) < sizes[:, :1]
+        columns = torch.arange(width, device=images.device) < sizes[:, 1:]
+        valid = (rows[:, :, None] & columns[:, None, :]).reshape(batch, 1, height * width)
+        pixels = (planes.to(self.scale.dtype) * self.scale - self.shift) * valid
+        return pixels.reshape(batch, 3, height, width)
 
 
 @dataclass(frozen=True, eq=False)

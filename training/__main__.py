@@ -161,9 +161,10 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--calibration-images", type=int, default=100, help="int8: pictures to take the ranges from")
     parser.add_argument(
-        "--quantise-predictors",
-        action="store_true",
-        help="int8: the two output layers too, which otherwise stay fp32: it costs much AP",
+        "--fp32-layers",
+        choices=("none", "boxes", "outputs"),
+        default="boxes",
+        help="int8: the layers that stay fp32: none (costs much AP), the box layer, or class and box layers",
     )
     parser.add_argument(
         "--reduce-range",
@@ -286,9 +287,7 @@ def export(options: argparse.Namespace) -> None:
     calibration = None
     if options.calibration is not None:
         data_set = load_coco(options.calibration, "train")
-        calibration = Calibration(
-            data_set, options.calibration_images, options.quantise_predictors, options.reduce_range
-        )
+        calibration = Calibration(data_set, options.calibration_images, options.fp32_layers, options.reduce_range)
     run_export(
         load_checkpoint(options.model),
         options.out,

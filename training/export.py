@@ -30,7 +30,7 @@ from model.retinanet import HeadLayer
 from model.types import Candidates, CanvasImage
 from training.checkpoint import Checkpoint, build_detector
 from training.coco import CocoDataSet
-from training.quantise import quantise
+from training.quantise import Fp32Layers, quantise
 
 log = logging.getLogger(__name__)
 OPSET = 18
@@ -58,8 +58,7 @@ class Calibration:
 
     data_set: CocoDataSet
     num_images: int = 100
-    quantise_predictors: bool = False
-    """The two output layers too."""
+    fp32_layers: Fp32Layers = "boxes"
     reduce_range: bool = False
     """Weights of 7 bits: exact without VNNI too, see training/quantise.py."""
 
@@ -95,7 +94,7 @@ def export(
         model = quantise(
             model,
             calibration.canvases(resize),
-            quantise_predictors=calibration.quantise_predictors,
+            fp32_layers=calibration.fp32_layers,
             reduce_range=calibration.reduce_range,
         )
         examples = canvas_inputs(next(calibration.canvases(resize)))
