@@ -26,9 +26,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-demo-model: install data/shapes ## trains model/pretrained/shapes.onnx again: hours on a CPU; stop and start it as you like
+demo-model: install data/shapes ## trains model/pretrained/shapes*.onnx again: hours on a CPU; stop and start it as you like
 	$(BIN)/python -m training train --preset demo --data data/shapes --out runs/demo --resume
 	$(BIN)/python -m training export --model runs/demo/best.pt --out model/pretrained/shapes.onnx --name shapes
+	$(BIN)/python -m training export --model runs/demo/best.pt --out model/pretrained/shapes-int8.onnx --name shapes \
+		--precision int8 --calibration data/shapes
 
 data/shapes: | install
 	rm -rf $@.unfinished

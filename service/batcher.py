@@ -15,6 +15,7 @@ itself by `put_or_run`, and must not raise.
 
 import threading
 import time
+from bisect import insort
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from math import ceil
@@ -32,6 +33,10 @@ class Job(Protocol):
 
     @property
     def max_batch_size(self) -> int: ...
+
+    @property
+    def admitted(self) -> float:
+        """When it got its place, time.monotonic(). Who came first is first, however long its decoding took."""
 
     @property
     def gone(self) -> bool:
@@ -71,7 +76,7 @@ class Batcher(Generic[JobT, ResultT]):
         self._runs_at_once = runs_at_once
         self._shares = shares
         self._changed = threading.Condition()
-        self._waiting: list[tuple[float, JobT]] = []  # (since, job), oldest first
+        self._waiting: list[tuple[float, JobT]] = []  # (since, job), first admitted first
         self._places_taken = 0
         self._runs: list[_Run] = []  # on the device, oldest first
         self._last_end = 0.0
@@ -152,7 +157,7 @@ class Batcher(Generic[JobT, ResultT]):
     def put(self, job: JobT) -> None:
         """Queue a job that has a place."""
         with self._changed:
-            self._waiting.append((time.monotonic(), job))
+            insort(self._waiting, (time.monotonic(), job), key=lambda entry: entry[1].admitted)
             if self._has_room():
                 self._changed.notify()
 
@@ -224,7 +229,7 @@ class Batcher(Generic[JobT, ResultT]):
             return 0
         if self._runs:
             return None
-        since, _ = self._waiting[0]
+        since = min(since for since, job in self._waiting if job.group == batch[0].group)
         return since + self._max_delay_seconds - time.monotonic()
 
     def _take(self, batch: list[JobT], shares: bool) -> "_Run":

@@ -97,6 +97,8 @@ class Job:
     options: Options
     deadline: float
     """time.monotonic() after which nobody waits."""
+    admitted: float
+    """time.monotonic()"""
     watch: Stopwatch
     finish: Finish
     """Makes the answer; its result is the future's."""
@@ -205,9 +207,19 @@ class Engine:
         """
         self.batcher.take_places(len(images), timeout_seconds)
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + timeout_seconds
+        now = time.monotonic()
         jobs = [
-            Job(data, model, options, deadline, watch.copy(), each_finish, slow_finish, loop.create_future())
+            Job(
+                data,
+                model,
+                options,
+                now + timeout_seconds,
+                now,
+                watch.copy(),
+                each_finish,
+                slow_finish,
+                loop.create_future(),
+            )
             for data, each_finish in zip(images, finish, strict=True)
         ]
         for job in jobs:

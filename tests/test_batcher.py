@@ -17,6 +17,7 @@ class Job:
     group: Hashable = "square"
     max_batch_size: int = 8
     gone: bool = False
+    admitted: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -94,6 +95,14 @@ def test_what_waited_together_shares_a_batch_of_its_group_oldest_first(device: D
     device.finish()
     assert device.ran == [["first"], ["a", "b", "c"], ["wide"]]
     assert sorted(device.delivered) == ["a", "b", "c", "first", "wide"]
+
+
+def test_who_was_admitted_first_is_first_though_its_decoding_took_longer(device: Device) -> None:
+    slow, quick = Job("slow", max_batch_size=1), Job("quick", max_batch_size=1)
+    device.occupy()
+    device.put(quick, slow)
+    device.finish()
+    assert device.ran == [["first"], ["slow"], ["quick"]]
 
 
 def test_a_rare_group_is_not_starved_by_a_common_one(device: Device) -> None:

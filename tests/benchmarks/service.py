@@ -112,10 +112,10 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         head_end = self._received.find(b"\r\n\r\n") + 4
-        if head_end < 4:
+        if head_end < 4 or self._answered is None:
             return
         length = CONTENT_LENGTH.search(self._received, 0, head_end)
-        assert length is not None and self._answered is not None
+        assert length is not None
         if len(self._received) >= head_end + int(length[1]):
             status = int(self._received[9:12])
             self._received.clear()
