@@ -164,7 +164,9 @@ class Shed:
             return
         first = await receive()
         if first["type"] == "http.request" and not first.get("more_body", False):
-            await problem_response(refusal, record_of(scope).request_id)(scope, receive, send)
+            record = record_of(scope)
+            record.fields["body_bytes"] = len(first.get("body", b""))
+            await problem_response(refusal, record.request_id)(scope, receive, send)
             return
         unread = [first]
 
