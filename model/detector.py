@@ -90,6 +90,7 @@ class Detector:
     metadata: ModelMetadata
     sha256: str
     """Hex digest of the bytes that were loaded."""
+    file_bytes: int
     device_requested: Device
     provider: str
     """ONNX Runtime's name of what computes: "CPUExecutionProvider", "CUDAExecutionProvider"."""
@@ -111,7 +112,7 @@ class Detector:
         model = _read(path)
         self.path, self.device_requested = path, device
         self._threads = threads or available_cores()
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.sha256, self.file_bytes = hashlib.sha256(model).hexdigest(), len(model)
         session = _open_verified(path, model, self._threads)
         self.metadata = _metadata(path, session)
         self.provider, self.fell_back = CPU, False

@@ -60,8 +60,12 @@ class Settings(BaseSettings):
 
     queue_capacity: int = Field(32, ge=1, description="images admitted and not yet through the device; more get 429")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="images per inference [1 on the CPU, 8 on CUDA]")
-    runs_at_once: int = Field(
-        2, ge=1, le=8, description="full batches on the device at once; on the CPU while images wait, and they share it"
+    runs_at_once: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="full batches on the device at once, on the CPU while images wait [2; on the CPU, of a model file "
+        "over 64 MiB, 1]",
     )
     max_batch_delay_seconds: Seconds = Field(0, description="time to wait for a batch to fill while the device is free")
     request_timeout_seconds: PositiveSeconds = Field(

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FINISH_THREADS = 2
 RUNS_AT_ONCE = 2
+LARGE_MODEL_BYTES = 64 * 2**20
 FAILURES_BEFORE_SELF_TEST = 3
 
 
@@ -143,7 +144,7 @@ class Engine:
         *,
         queue_capacity: int = 32,
         max_batch_delay_seconds: float = 0,
-        runs_at_once: int = RUNS_AT_ONCE,
+        runs_at_once: int | None = None,
         decode_threads: int = 1,
         max_image_pixels: int = 50_000_000,
     ) -> None:
@@ -153,7 +154,7 @@ class Engine:
             self._deliver,
             capacity=queue_capacity,
             max_delay_seconds=max_batch_delay_seconds,
-            runs_at_once=runs_at_once,
+            runs_at_once=runs_at_once or RUNS_AT_ONCE,
             shares=self._shares,
         )
         self._runs_at_once = runs_at_once
@@ -176,7 +177,11 @@ class Engine:
         return model is None or model.detector.shares_device(crowded)
 
     def _ask_for_sharing(self, model: LoadedModel) -> None:
-        """Have the detector get ready, once; meanwhile images run one after the other."""
+        """Have the detector get ready, once; meanwhile images run one after the other. Unless told to, not of a large
+        model: its second session would take much memory for a gain of some percent."""
+        is_large = model.detector.file_bytes > LARGE_MODEL_BYTES
+        if self._runs_at_once == 1 or (self._runs_at_once is None and is_large):
+            return
         with self._sharing_lock:
             if model in self._sharing_asked:
                 return
@@ -185,7 +190,7 @@ class Engine:
 
     def _open_beside(self, detector: Detector) -> None:
         try:
-            detector.open_beside(self._runs_at_once)
+            detector.open_beside(self._runs_at_once or RUNS_AT_ONCE)
         except Exception as error:  # a thread's boundary; what serves is as it was
             logger.warning("images go on running one after the other: %s", error)
 
@@ -255,7 +260,7 @@ class Engine:
 
     def _run(self, batch: list[Job], shares: bool) -> list[Candidates | Exception]:
         """On a device thread, or the decode thread of an image that is alone."""
-        if not shares and self._runs_at_once > 1 and self.batcher.depth > len(batch):
+        if not shares and self.batcher.depth > len(batch):
             self._ask_for_sharing(batch[0].model)
         started = time.perf_counter()
         results = self._attempt(batch, shares)

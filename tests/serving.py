@@ -62,6 +62,7 @@ class FakeDetector:
     device_requested: str = "auto"
     fell_back: bool = False
     sha256: str = "0" * 64
+    file_bytes: int = 0
     beside_others: list[bool] = field(default_factory=list)
     """Of each run, whether it was told to leave the others room."""
     opened_beside: list[int] = field(default_factory=list)

@@ -117,7 +117,7 @@ def test_a_batch_gets_all_its_places_or_429() -> None:
 
 
 def test_a_crowd_has_the_detector_get_ready_for_runs_side_by_side_and_shares_the_device() -> None:
-    with serving(detector := FakeDetector(seconds=0.01), runs_at_once=2, queue_capacity=20) as server:
+    with serving(detector := FakeDetector(seconds=0.01), runs_at_once=None, queue_capacity=20) as server:
         assert detect(server).status_code == 200
         assert detector.opened_beside == [], "nobody waited"
         for _ in range(2):
@@ -128,6 +128,17 @@ def test_a_crowd_has_the_detector_get_ready_for_runs_side_by_side_and_shares_the
         assert any(detector.beside_others)
         assert detect(server).status_code == 200
         assert detector.beside_others[-1] is False, "alone"
+
+
+@pytest.mark.parametrize(("runs_at_once", "opened"), [(None, []), (3, [3])])
+def test_a_large_model_gets_ready_for_a_crowd_only_if_told_to(runs_at_once: int | None, opened: list[int]) -> None:
+    """A second session of it would take much memory."""
+    with serving(
+        detector := FakeDetector(seconds=0.01, file_bytes=100 * 2**20), runs_at_once=runs_at_once, queue_capacity=20
+    ) as server:
+        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
+        server.wait_until(lambda: detector.opened_beside == opened)
+    assert any(detector.beside_others) == bool(opened)
 
 
 def test_with_one_run_at_once_the_detector_never_gets_ready_for_more() -> None:
