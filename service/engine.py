@@ -167,6 +167,7 @@ class Engine:
         self._failures_lock = threading.Lock()
         self._sharing_lock = threading.Lock()
         self._sharing_asked: WeakSet[LoadedModel] = WeakSet()
+        self._opener: threading.Thread | None = None
         metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.running, queue_capacity)
 
     def start(self) -> None:
@@ -186,7 +187,8 @@ class Engine:
             if model in self._sharing_asked:
                 return
             self._sharing_asked.add(model)
-        threading.Thread(target=self._open_beside, args=[model.detector], name="opener", daemon=True).start()
+            self._opener = threading.Thread(target=self._open_beside, args=[model.detector], name="opener", daemon=True)
+            self._opener.start()
 
     def _open_beside(self, detector: Detector) -> None:
         try:
@@ -197,6 +199,8 @@ class Engine:
     def close(self, timeout_seconds: float = 5) -> bool:
         """Finish what was admitted; False: the device is stuck."""
         ended = self.batcher.close(timeout_seconds)
+        if self._opener is not None:
+            self._opener.join(timeout_seconds)  # to end the process inside ONNX Runtime's code would abort it
         self._decoders.shutdown(wait=ended, cancel_futures=True)
         self._finishers.shutdown(wait=ended)
         return ended

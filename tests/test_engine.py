@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPResponse
@@ -128,6 +129,17 @@ def test_a_crowd_has_the_detector_get_ready_for_runs_side_by_side_and_shares_the
         assert any(detector.beside_others)
         assert detect(server).status_code == 200
         assert detector.beside_others[-1] is False, "alone"
+
+
+def test_closing_waits_for_a_session_that_is_being_opened() -> None:
+    class Slow(FakeDetector):
+        def open_beside(self, runs_at_once: int) -> None:
+            time.sleep(0.5)
+            super().open_beside(runs_at_once)
+
+    with serving(detector := Slow(seconds=0.01), runs_at_once=2, queue_capacity=20) as server:
+        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
+    assert detector.opened_beside == [2]
 
 
 @pytest.mark.parametrize(("runs_at_once", "opened"), [(None, []), (3, [3])])
