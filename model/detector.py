@@ -250,7 +250,7 @@ def blank_canvas(size: tuple[int, int], resize: ResizePolicy) -> CanvasImage:
 def _quarter(canvas: CanvasImage, resize: ResizePolicy) -> CanvasImage:
     """A blank one of half the sides, in whole divisors."""
     height, width = (max(1, side // 2 // resize.divisor) * resize.divisor for side in canvas.canvas_size)
-    return CanvasImage(np.zeros((height, width, 3), np.uint8), (height, width), (height, width))
+    return CanvasImage.uniform((height, width))
 
 
 def common_batches(resize: ResizePolicy, max_batch_size: int) -> list[list[CanvasImage]]:

@@ -8,6 +8,7 @@ Boxes are xyxy float32; the frame (canvas or original pixels) is said by the fun
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ class CanvasImage:
     """(height, width) of the valid part."""
     original_size: tuple[int, int]
     """(height, width) of the upright image before resizing."""
+
+    @classmethod
+    def uniform(cls, size: tuple[int, int], value: int = 0) -> Self:
+        """One grey all over a canvas of this (height, width), all of it valid."""
+        return cls(np.full((*size, 3), value, np.uint8), size, size)
 
     @property
     def canvas_size(self) -> tuple[int, int]:

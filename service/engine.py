@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
-
 from model.detector import Detector, InferenceFailed
 from model.image import decode_image, to_canvas, to_original
 from model.suppress import suppress
@@ -303,9 +301,8 @@ class Engine:
     def _self_test(self, model: LoadedModel) -> None:
         """Tell a broken device from bad luck with images: run a grey one."""
         side = model.detector.metadata.resize.divisor
-        pixels = np.full((side, side, 3), 128, np.uint8)
         try:
-            model.detector.run([CanvasImage(pixels, (side, side), (side, side))])
+            model.detector.run([CanvasImage.uniform((side, side), 128)])
         except Exception as error:  # as in _attempt
             self._condemn(f"{self._failures_in_a_row} runs failed one after the other, and so did a self-test: {error}")
 

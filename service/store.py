@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
+from model.sessions import CPU
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class ModelStore:
         if self._sha256 is not None and detector.sha256 != self._sha256:
             raise InvalidModel(f"{self._path} has sha256 {detector.sha256}; {self._sha256} is asked for")
         opened = time.perf_counter()
-        on_cpu = detector.provider == "CPUExecutionProvider"
+        on_cpu = detector.provider == CPU
         max_batch_size = self._max_batch_size or (1 if on_cpu else CUDA_BATCH_SIZE)
         detector.warm_up(max_batch_size)
         warmed = time.perf_counter()

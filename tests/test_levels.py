@@ -5,16 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from model.anchors import AnchorConfig
 from model.detector import Detector
 from model.image import to_canvas
-from tests.tiny_training import TINY, write_tiny_data
+from tests.tiny_training import TINY, train_here, write_tiny_data
 from training.checkpoint import load_checkpoint
-from training.coco import load_coco
 from training.export import export
-from training.train import train
 
 P2_TO_P6 = AnchorConfig(base_sizes=(8, 16, 32, 64, 128), lowest_level=2)
 P3_TO_P5 = AnchorConfig(base_sizes=(16, 32, 64), scales=(1, 1.5))
@@ -25,16 +22,7 @@ P3_TO_P5 = AnchorConfig(base_sizes=(16, 32, 64), scales=(1, 1.5))
 def test_other_levels_are_trained_exported_and_run(anchors: AnchorConfig, tmp_path: Path) -> None:
     data, out = write_tiny_data(tmp_path / "data"), tmp_path / "run"
     config = replace(TINY, steps=2, model=replace(TINY.model, anchors=anchors))
-    train(
-        config,
-        load_coco(data, "train"),
-        load_coco(data, "val"),
-        out,
-        device=torch.device("cpu"),
-        workers=0,
-        resume=False,
-        notes={},
-    )
+    train_here(config, data, out)
     export(load_checkpoint(out / "best.pt"), out / "levels.onnx", name="levels")  # checks the file against torch
     detector = Detector(out / "levels.onnx", device="cpu")
     [candidates] = detector.run([to_canvas(np.full((90, 120, 3), 128, np.uint8), config.resize)])

@@ -16,14 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.candidates import Normalise
 from model.image import to_canvas
 from model.retinanet import RetinaNet
-from tests.tiny_training import TINY, write_tiny_data
+from tests.tiny_training import TINY, train_here, write_tiny_data
 from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
 from training.evaluate import average_precision
 from training.losses import retinanet_losses
 from training.plots import matches
 from training.report import read_metrics, write_whole
-from training.train import train
 from training.transforms import TensorTarget
 
 
@@ -42,18 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Two steps, an evaluation after each. Of three validation pictures two have an object; one class has none."""
     folder = write_tiny_data(tmp_path_factory.mktemp("data"))
     out = tmp_path_factory.mktemp("runs") / "mine"
-    validation_set = load_coco(folder, "val")
-    train(
-        replace(TINY, steps=2, evaluate_every=1),
-        load_coco(folder, "train"),
-        validation_set,
-        out,
-        device=torch.device("cpu"),
-        workers=0,
-        resume=False,
-        notes={},
-    )
-    return Finished(out, validation_set)
+    train_here(replace(TINY, steps=2, evaluate_every=1), folder, out)
+    return Finished(out, load_coco(folder, "val"))
 
 
 def test_the_page_holds_its_pictures_and_needs_nothing_else(run: Finished) -> None:

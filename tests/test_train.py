@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import TINY, write_tiny_data
+from tiny_training import TINY, train_here, write_tiny_data
 
 from training.checkpoint import (
     Checkpoint,
@@ -26,7 +26,6 @@ from training.losses import Losses
 from training.optimiser import learning_rate
 from training.state import RunFolderInUse
 from training.stopping import WATCHED, LossWatch, TrainingDiverged
-from training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +38,7 @@ RUN_FOLDER = ["best.pt", "last.pt", "metrics.jsonl", "report", "tensorboard"]
 
 
 def run(config: TrainConfig, data: Path, out: Path, *, resume: bool = False) -> Checkpoint:
-    train(
-        config,
-        load_coco(data, "train"),
-        load_coco(data, "val"),
-        out,
-        device=torch.device("cpu"),
-        workers=0,
-        resume=resume,
-        notes={"command": "test"},
-    )
+    train_here(config, data, out, resume=resume)
     return load_checkpoint(out / "last.pt")
 
 
@@ -74,16 +64,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(data: Pat
 
     failing = FailingSet(**vars(load_coco(data, "train")))
     with pytest.raises(Power):
-        train(
-            TINY,
-            failing,
-            load_coco(data, "val"),
-            stopped,
-            device=torch.device("cpu"),
-            workers=0,
-            resume=False,
-            notes={},
-        )
+        train_here(TINY, data, stopped, training_set=failing)
     assert load_checkpoint(stopped / "last.pt").step == 4
     assert equal(run(TINY, data, stopped, resume=True), whole)
 

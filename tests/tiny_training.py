@@ -10,11 +10,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from model.anchors import AnchorConfig
 from model.metadata import ResizePolicy
 from model.retinanet import RetinaNetConfig
+from training.coco import CocoDataSet, load_coco
 from training.config import AugmentConfig, OptimiserConfig, TrainConfig
+from training.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY = TrainConfig(
@@ -60,6 +63,22 @@ def write_tiny_data(folder: Path, *, training_pictures: int = 8, validation_pict
             content["images"].append({"id": index, "file_name": f"{index}.png", "height": 64, "width": 80})
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return folder
+
+
+def train_here(
+    config: TrainConfig, data: Path, out: Path, *, resume: bool = False, training_set: CocoDataSet | None = None
+) -> None:
+    """Train on the data's two splits in this process; `training_set` stands in for the first."""
+    train(
+        config,
+        load_coco(data, "train") if training_set is None else training_set,
+        load_coco(data, "val"),
+        out,
+        device=torch.device("cpu"),
+        workers=0,
+        resume=resume,
+        notes={"command": "test"},
+    )
 
 
 def train_command(config: TrainConfig, data: Path, out: Path, *more: str, processes: int = 0) -> list[str]:

@@ -104,17 +104,13 @@ class Curve:
         return file
 
 
-def medians(rounds: int, actions: Sequence[Callable[[], object]]) -> list[float]:
-    return interleaved(rounds, *actions)
-
-
 def pictures(rounds: int, cache: Path) -> Iterator[Curve]:
     """Bytes to canvas, and the service's memory after each, smallest first. The canvas has one size for all."""
     detector = Detector(PRETRAINED, device="cpu")
     sizes = [(side, side * 3 // 4) for side in LONGEST_SIDES]
     photos = [photo(width, height) for width, height in sizes]
     resize = detector.metadata.resize
-    seconds = medians(rounds, [lambda data=data: to_canvas(decode_image(data), resize) for data in photos])  # type: ignore[misc]
+    seconds = interleaved(rounds, *(lambda data=data: to_canvas(decode_image(data), resize) for data in photos))  # type: ignore[misc]
     posted, resident = [], []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -145,8 +141,8 @@ def canvases(rounds: int, cache: Path) -> Iterator[Curve]:
     """The network against the canvas's area and against the batch, on the demo model; memory of a bare session."""
     detector = Detector(PRETRAINED, device="cpu")
     areas = [(128, 128), (256, 256), (512, 512), (1024, 1024)]
-    blanks = [CanvasImage(np.zeros((*size, 3), np.uint8), size, size) for size in areas]
-    seconds = medians(rounds, [lambda canvas=canvas: detector.run([canvas]) for canvas in blanks])  # type: ignore[misc]
+    blanks = [CanvasImage.uniform(size) for size in areas]
+    seconds = interleaved(rounds, *(lambda canvas=canvas: detector.run([canvas]) for canvas in blanks))  # type: ignore[misc]
     memory = [session_memory(PRETRAINED, batch(canvas, 1)) for canvas in blanks]
     yield Curve(
         "canvases",
@@ -157,7 +153,7 @@ def canvases(rounds: int, cache: Path) -> Iterator[Curve]:
         [("bare session's memory, MiB", memory)],
     )
     small = blanks[1]
-    seconds = medians(rounds, [lambda count=count: detector.run([small] * count) for count in BATCHES])  # type: ignore[misc]
+    seconds = interleaved(rounds, *(lambda count=count: detector.run([small] * count) for count in BATCHES))  # type: ignore[misc]
     memory = [session_memory(PRETRAINED, batch(small, count)) for count in BATCHES]
     yield Curve("batches", "batch of 256×256", BATCHES, "inference", seconds, [("bare session's memory, MiB", memory)])
 
@@ -191,7 +187,7 @@ def classes(rounds: int, cache: Path) -> Iterator[Curve]:
     detectors = [Detector(file, device="cpu") for file in files]
     inputs = model_inputs(photo(640, 480), detectors[0].metadata.resize)
     canvas = CanvasImage(inputs["images"][0], tuple(inputs["sizes"][0]), (480, 640))
-    seconds = medians(rounds, [lambda each=each: each.run([canvas]) for each in detectors])  # type: ignore[misc]
+    seconds = interleaved(rounds, *(lambda each=each: each.run([canvas]) for each in detectors))  # type: ignore[misc]
     memory = [session_memory(file, inputs) for file in files]
     yield Curve("classes", "classes", CLASSES, "inference", seconds, [("bare session's memory, MiB", memory)])
 
@@ -229,7 +225,7 @@ def objects(rounds: int, cache: Path) -> Iterator[Curve]:
 
     pictures = [objects_apart(count, min(names)) for count in OBJECTS]
     found = [str(len(conclude(each, canvas, options))) for each in pictures]
-    seconds = medians(rounds * 10, [lambda each=each: whole(each) for each in pictures])  # type: ignore[misc]
+    seconds = interleaved(rounds * 10, *(lambda each=each: whole(each) for each in pictures))  # type: ignore[misc]
     yield Curve("objects", "objects in the picture", OBJECTS, "NMS and JSON", seconds, [("boxes in the answer", found)])
 
 

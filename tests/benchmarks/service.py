@@ -28,7 +28,7 @@ import uvloop
 
 from model.detector import Detector
 from model.image import decode_image, to_canvas
-from tests.benchmarks.speed import machine
+from tests.benchmarks.measuring import machine
 from tests.faulty_models import write_slow_model
 from tests.load import address, ask, blocks, free_ports, listens, request_head
 from tests.serving import server_process, wait_until

@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as F
 
 from model.backbones import RESNETS
 from model.detector import available_cores
-from tests.benchmarks.speed import machine
+from tests.benchmarks.measuring import machine
 from training.coco import CocoDataSet, load_coco
 from training.config import PRESETS, TrainConfig
 from training.data import load_batches, schedule
