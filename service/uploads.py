@@ -188,6 +188,7 @@ class Uploads:
         size = _content_length(headers)
         if size is not None and size > max_body_bytes:
             raise BodyTooLarge(f"the body has {size} bytes; {max_body_bytes} are allowed")
+        self._check_total(size or 0)  # before it takes the room that smaller ones still find
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 size = await self._feed(form, receive, max_body_bytes)
@@ -230,13 +231,16 @@ class Uploads:
                 self.bytes_in_flight += len(chunk)
                 if size > max_body_bytes:
                     raise BodyTooLarge(f"the body has more than the {max_body_bytes} bytes allowed")
-                if self.bytes_in_flight > self._max_bytes_in_flight + OVERHEAD_BYTES:
-                    raise UploadsBusy(f"uploads in progress exceed {self._max_bytes_in_flight} bytes")
+                self._check_total()
                 form.feed(chunk)
                 if not message.get("more_body", False):
                     return size
         finally:
             self.bytes_in_flight -= size
+
+    def _check_total(self, more: int = 0) -> None:
+        if self.bytes_in_flight + more > self._max_bytes_in_flight + OVERHEAD_BYTES:
+            raise UploadsBusy(f"uploads in progress exceed {self._max_bytes_in_flight} bytes")
 
 
 def _check_size(image: bytearray, max_image_bytes: int) -> None:

@@ -72,13 +72,24 @@ def test_an_early_refusal_reaches_a_client_that_sends_its_whole_body_first(serve
     assert b" 404 " in said and b"connection: close" in said and b"not_found" in said
 
 
-def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server: Serving) -> None:
+def test_a_body_that_will_not_fit_into_the_total_takes_no_room_from_others(server: Serving) -> None:
+    uploads = server.service._uploads
+    with connected(server) as holding, connected(server) as refused:
+        holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
+        wait_until(lambda: uploads.bytes_in_flight == 900_000)
+        refused.sendall(HEAD + b"Content-Length: 400000\r\n\r\n")
+        assert b" 429 " in refused.recv(65536), "before one byte of it came"
+    wait_until(lambda: uploads.bytes_in_flight == 0)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 400000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n61a80\r\n"])
+def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server: Serving, framing: bytes) -> None:
     with connected(server) as holding, connected(server) as refused:
         holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
         uploads = server.service._uploads
         wait_until(lambda: uploads.bytes_in_flight == 900_000)
         assert server.metric("retinaserve_upload_bytes_in_flight") == 900_000
-        refused.sendall(HEAD + b"Content-Length: 400000\r\n\r\n" + b"\0" * 400_000)
+        refused.sendall(HEAD + framing + b"\0" * 400_000)
         said = refused.recv(65536)
         assert b" 429 " in said and b"retry-after" in said
         response = server.client.post("/detect", content=picture(), headers={"Content-Type": "image/png"})
