@@ -47,6 +47,8 @@ DEFAULT_GPU_MEMORY_BYTES = 12 * 2**30
 """Leaves a card of 16 GiB some air."""
 COMMON_SIZES = ((1200, 1200), (1200, 1600), (1600, 1200), (1200, 1800), (1800, 1200), (1080, 1920), (1920, 1080))
 """(height, width) of pictures whose canvases `warm_up` runs: 1:1, 4:3, 3:2, 16:9, both ways."""
+RUNS_AT_ONCE = 2
+LARGE_MODEL_BYTES = 64 * 2**20
 SHORT_RUN_SECONDS = 0.02
 """On a CPU, beside runs shorter than this the pauses in which threads wake and Python works count."""
 CONTRACT = (
@@ -90,7 +92,6 @@ class Detector:
     metadata: ModelMetadata
     sha256: str
     """Hex digest of the bytes that were loaded."""
-    file_bytes: int
     device_requested: Device
     provider: str
     """ONNX Runtime's name of what computes: "CPUExecutionProvider", "CUDAExecutionProvider"."""
@@ -104,25 +105,32 @@ class Detector:
         device: Device = "auto",
         threads: int | None = None,
         gpu_memory_limit_bytes: int | None = None,
+        runs_at_once: int | None = 1,
     ) -> None:
         """`threads` for one inference on the CPU [the cores available]; `gpu_memory_limit_bytes` [12 GiB] bounds an
-        estimate, see FixedShapes."""
+        estimate, see FixedShapes; `runs_at_once` side by side, see `shares_device` [None: 2, but on a CPU 1 for a file
+        over 64 MiB: a second session takes the weights' memory once more, for a gain of some percent]."""
         if device == "cuda" and not has_cuda_build():
             raise DeviceUnavailable("this ONNX Runtime is built without CUDA: install retinaserve[gpu] and no [cpu]")
         model = _read(path)
         self.path, self.device_requested = path, device
         self._threads = threads or available_cores()
-        self.sha256, self.file_bytes = hashlib.sha256(model).hexdigest(), len(model)
+        self.sha256 = hashlib.sha256(model).hexdigest()
         session = _open_verified(path, model, self._threads)
         self.metadata = _metadata(path, session)
         self.provider, self.fell_back = CPU, False
         self._run_batch: AnyShape | FixedShapes = AnyShape(session)
-        self._run_beside: AnyShape | None = None
         self._for_short_runs: Callable[[], ort.InferenceSession] | None = partial(
             open_on_cpu, model, self._threads, short_runs=True
         )
         if device != "cpu" and has_cuda_build():
             self._move_to_cuda(model, gpu_memory_limit_bytes or DEFAULT_GPU_MEMORY_BYTES)
+        if runs_at_once is None:
+            runs_at_once = RUNS_AT_ONCE if len(model) <= LARGE_MODEL_BYTES else 1
+        self._run_beside: AnyShape | None = None
+        if self.provider == CPU and self._threads > 1 and runs_at_once > 1:
+            own_threads = max(1, self._threads + 1 - runs_at_once)  # each run's caller computes, too
+            self._run_beside = AnyShape(open_on_cpu(model, own_threads))
 
     def _move_to_cuda(self, model: bytes, memory_limit_bytes: int) -> None:
         def open_session(shape: InputShape) -> ort.InferenceSession:
@@ -163,21 +171,9 @@ class Detector:
         """Whether a run should share the device with others, `crowded`: if there are any.
 
         On CUDA always: the images of one are uploaded while another runs. On a CPU a run that is alone has all cores
-        and nothing else should run; of a crowd's, each has fewer, which wastes less of them, once `open_beside` has
-        made that possible.
+        and nothing else should run; of a crowd's, each has fewer, which wastes less of them.
         """
         return self.provider == CUDA or (crowded and self._run_beside is not None)
-
-    def open_beside(self, runs_at_once: int) -> None:
-        """On a CPU of several threads: get ready for so many runs side by side. Takes as long as loading, and the
-        weights' memory once more. InvalidModel: the file is no longer the one that was opened."""
-        if self.provider == CUDA or self._threads == 1 or runs_at_once == 1:
-            return
-        model = _read(self.path)  # not kept since it was loaded: its bytes take as much memory as the weights
-        if hashlib.sha256(model).hexdigest() != self.sha256:
-            raise InvalidModel(f"{self.path} has changed since it was loaded")
-        own_threads = max(1, self._threads + 1 - runs_at_once)  # each run's caller computes, too
-        self._run_beside = AnyShape(open_on_cpu(model, own_threads))
 
     def warm_up(self, max_batch_size: int = 1) -> None:
         """Run blank canvases, so that the first real picture finds plans made: on the CPU a small one, and a whole
@@ -204,6 +200,8 @@ class Detector:
         if self._for_short_runs is not None and seconds < SHORT_RUN_SECONDS:
             self._run_batch = AnyShape(self._for_short_runs())
             self.run([blank])
+        if self._run_beside is not None:
+            self.run([_quarter(blank, self.metadata.resize)], beside_others=True)
         self._for_short_runs = None  # it holds the file's bytes
 
     def _seconds(self, canvas: CanvasImage) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from model.detector import Detector, available_cores
+from model.detector import RUNS_AT_ONCE, Detector, available_cores
 from service import detect
 from service.app import Service, create_app
 from service.config import PROGRAM, Settings, parse_settings
@@ -133,6 +133,7 @@ def build_service(settings: Settings) -> Service:
         device=settings.device,
         threads=settings.threads,
         gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        runs_at_once=settings.runs_at_once,
     )
     store = ModelStore(
         settings.model_file,
@@ -147,7 +148,7 @@ def build_service(settings: Settings) -> Service:
         metrics,
         queue_capacity=settings.queue_capacity,
         max_batch_delay_seconds=settings.max_batch_delay_seconds,
-        runs_at_once=settings.runs_at_once,
+        runs_at_once=settings.runs_at_once or RUNS_AT_ONCE,
         decode_threads=settings.decode_threads or available_cores(),
         max_image_pixels=settings.max_image_pixels,
     )

@@ -4,7 +4,7 @@ makes of them. Knows no HTTP.
 A decode thread that finds the device idle runs its image itself, if another one is left to decode meanwhile. A device
 thread finishes the first image of its batch itself, while another thread runs the next batch; the others go to the
 finish pool. So an image that is alone changes threads as rarely as can be, and has all of the CPU's cores; a crowd's
-images run side by side, as soon as the detector is able to (`Detector.open_beside`, when the first crowd comes).
+images run side by side, where the detector was opened for that.
 
 A `Job` is owned by one stage at a time, and each of its timestamps ends one stage and begins the next. Waiting for a
 decode thread and waiting for the device are both `queue`. The model and the parameters are the job's own from the
@@ -19,9 +19,8 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
-from model.detector import Detector, InferenceFailed
+from model.detector import InferenceFailed
 from model.image import decode_image, to_canvas, to_original
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
@@ -32,8 +31,6 @@ from service.store import LoadedModel, ModelStore
 logger = logging.getLogger(__name__)
 
 FINISH_THREADS = 2
-RUNS_AT_ONCE = 2
-LARGE_MODEL_BYTES = 64 * 2**20
 FAILURES_BEFORE_SELF_TEST = 3
 
 
@@ -142,7 +139,7 @@ class Engine:
         *,
         queue_capacity: int = 32,
         max_batch_delay_seconds: float = 0,
-        runs_at_once: int | None = None,
+        runs_at_once: int = 1,
         decode_threads: int = 1,
         max_image_pixels: int = 50_000_000,
     ) -> None:
@@ -152,10 +149,9 @@ class Engine:
             self._deliver,
             capacity=queue_capacity,
             max_delay_seconds=max_batch_delay_seconds,
-            runs_at_once=runs_at_once or RUNS_AT_ONCE,
+            runs_at_once=runs_at_once,
             shares=self._shares,
         )
-        self._runs_at_once = runs_at_once
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, "decode")
@@ -163,9 +159,6 @@ class Engine:
         self._finishers = ThreadPoolExecutor(FINISH_THREADS, "finish")
         self._failures_in_a_row = 0
         self._failures_lock = threading.Lock()
-        self._sharing_lock = threading.Lock()
-        self._sharing_asked: WeakSet[LoadedModel] = WeakSet()
-        self._opener: threading.Thread | None = None
         metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.running, queue_capacity)
 
     def start(self) -> None:
@@ -175,30 +168,9 @@ class Engine:
         model = self.store.current
         return model is None or model.detector.shares_device(crowded)
 
-    def _ask_for_sharing(self, model: LoadedModel) -> None:
-        """Have the detector get ready, once; meanwhile images run one after the other. Unless told to, not of a large
-        model: its second session would take much memory for a gain of some percent."""
-        is_large = model.detector.file_bytes > LARGE_MODEL_BYTES
-        if self._runs_at_once == 1 or (self._runs_at_once is None and is_large):
-            return
-        with self._sharing_lock:
-            if model in self._sharing_asked:
-                return
-            self._sharing_asked.add(model)
-            self._opener = threading.Thread(target=self._open_beside, args=[model.detector], name="opener", daemon=True)
-            self._opener.start()
-
-    def _open_beside(self, detector: Detector) -> None:
-        try:
-            detector.open_beside(self._runs_at_once or RUNS_AT_ONCE)
-        except Exception as error:  # a thread's boundary; what serves is as it was
-            logger.warning("images go on running one after the other: %s", error)
-
     def close(self, timeout_seconds: float = 5) -> bool:
         """Finish what was admitted; False: the device is stuck."""
         ended = self.batcher.close(timeout_seconds)
-        if self._opener is not None:
-            self._opener.join(timeout_seconds)  # to end the process inside ONNX Runtime's code would abort it
         self._decoders.shutdown(wait=ended, cancel_futures=True)
         self._finishers.shutdown(wait=ended)
         return ended
@@ -262,8 +234,6 @@ class Engine:
 
     def _run(self, batch: list[Job], shares: bool) -> list[Candidates | Exception]:
         """On a device thread, or the decode thread of an image that is alone."""
-        if not shares and self.batcher.depth > len(batch):
-            self._ask_for_sharing(batch[0].model)
         started = time.perf_counter()
         results = self._attempt(batch, shares)
         if len(batch) > 1 and isinstance(results[0], InferenceFailed) and not results[0].fatal:

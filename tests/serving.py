@@ -62,10 +62,10 @@ class FakeDetector:
     device_requested: str = "auto"
     fell_back: bool = False
     sha256: str = "0" * 64
-    file_bytes: int = 0
     beside_others: list[bool] = field(default_factory=list)
     """Of each run, whether it was told to leave the others room."""
-    opened_beside: list[int] = field(default_factory=list)
+    shares: bool = False
+    """A crowd's runs go side by side."""
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -75,10 +75,7 @@ class FakeDetector:
         pass
 
     def shares_device(self, crowded: bool) -> bool:
-        return crowded and bool(self.opened_beside)
-
-    def open_beside(self, runs_at_once: int) -> None:
-        self.opened_beside.append(runs_at_once)
+        return crowded and self.shares
 
     def run(self, canvases: Sequence[CanvasImage], *, beside_others: bool = False) -> list[Candidates]:
         self.beside_others.append(beside_others)
@@ -115,8 +112,8 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[Serving]:
-    """uvicorn on a free port of this process, around a detector of yours; one run at a time unless told otherwise."""
-    given = {"port": 0, "model": Path("fake.onnx"), "model_poll_seconds": 0, "runs_at_once": 1} | settings
+    """uvicorn on a free port of this process, around a detector of yours."""
+    given = {"port": 0, "model": Path("fake.onnx"), "model_poll_seconds": 0} | settings
     values = Settings(**given)  # type: ignore[arg-type]
     metrics = Metrics()
     store = ModelStore(values.model_file, lambda path: detector, metrics, max_batch_size=values.max_batch_size)  # type: ignore[arg-type, return-value]
@@ -125,7 +122,7 @@ def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[S
         metrics,
         queue_capacity=values.queue_capacity,
         max_batch_delay_seconds=values.max_batch_delay_seconds,
-        runs_at_once=values.runs_at_once,
+        runs_at_once=values.runs_at_once or 1,
         decode_threads=2,
         max_image_pixels=values.max_image_pixels,
     )

@@ -304,36 +304,37 @@ def test_warming_up_opens_the_session_anew_where_its_runs_are_short(
     assert_equal(tiny.detect(picture()), before)
 
 
-def test_side_by_side_runs_answer_alike_once_they_are_possible(tmp_path: Path) -> None:
+def test_side_by_side_runs_answer_alike(tmp_path: Path) -> None:
     write_tiny_model(path := tmp_path / "tiny.onnx")
-    detector = Detector(path, device="cpu", threads=2)
-    canvas = to_canvas(picture(), detector.metadata.resize)
-    [alone] = detector.run([canvas])
-    assert not detector.shares_device(crowded=True)
-    detector.open_beside(2)
+    detector = Detector(path, device="cpu", threads=2, runs_at_once=None)
+    detector.warm_up()
     assert detector.shares_device(crowded=True) and not detector.shares_device(crowded=False)
     assert detector._run_beside._session.get_session_options().intra_op_num_threads == 1  # type: ignore[union-attr]
+    canvas = to_canvas(picture(), detector.metadata.resize)
+    [alone] = detector.run([canvas])
     with ThreadPoolExecutor(2) as pool:
         for [beside] in pool.map(lambda _: detector.run([canvas], beside_others=True), range(20)):
             np.testing.assert_allclose(beside.scores, alone.scores, atol=1e-6)
             np.testing.assert_allclose(beside.boxes, alone.boxes, atol=1e-4)
 
 
-@pytest.mark.parametrize(("threads", "runs_at_once"), [(1, 2), (2, 1)])
-def test_one_thread_or_one_run_needs_no_second_session(tmp_path: Path, threads: int, runs_at_once: int) -> None:
+@pytest.mark.parametrize(
+    ("threads", "runs_at_once", "large", "shares"),
+    [(2, None, False, True), (2, None, True, False), (2, 2, True, True), (1, 2, False, False), (2, 1, False, False)],
+)
+def test_a_second_session_opens_for_several_threads_and_runs_and_of_a_large_file_only_if_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    runs_at_once: int | None,
+    large: bool,
+    shares: bool,
+) -> None:
     write_tiny_model(path := tmp_path / "tiny.onnx")
-    detector = Detector(path, device="cpu", threads=threads)
-    detector.open_beside(runs_at_once)
-    assert not detector.shares_device(crowded=True)
-
-
-def test_a_file_that_has_changed_is_not_opened_for_runs_side_by_side(tmp_path: Path) -> None:
-    write_tiny_model(path := tmp_path / "tiny.onnx")
-    detector = Detector(path, device="cpu", threads=2)
-    write_tiny_model(path, seed=1)
-    with pytest.raises(InvalidModel, match="has changed since it was loaded"):
-        detector.open_beside(2)
-    assert not detector.shares_device(crowded=True)
+    if large:
+        monkeypatch.setattr("model.detector.LARGE_MODEL_BYTES", path.stat().st_size - 1)
+    detector = Detector(path, device="cpu", threads=threads, runs_at_once=runs_at_once)
+    assert detector.shares_device(crowded=True) == shares
 
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(1.0, [(384, 544)]), (0.1, [(384, 544), (800, 1088), (800, 1088)])])

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPResponse
@@ -12,7 +11,6 @@ import httpx
 import pytest
 
 from model.detector import Detector, InferenceFailed
-from model.metadata import InvalidModel
 from model.types import CanvasImage
 from tests.serving import FakeDetector, Serving, picture, serving
 from tests.tiny_model import write_tiny_model
@@ -117,58 +115,16 @@ def test_a_batch_gets_all_its_places_or_429() -> None:
         assert server.client.post("/detect/batch", files=[("image", picture())] * 5).status_code == 400
 
 
-def test_a_crowd_has_the_detector_get_ready_for_runs_side_by_side_and_shares_the_device() -> None:
-    with serving(detector := FakeDetector(seconds=0.01), runs_at_once=None, queue_capacity=20) as server:
+def test_a_crowd_shares_the_device_and_a_lone_image_does_not() -> None:
+    with serving(detector := FakeDetector(seconds=0.01, shares=True), runs_at_once=2, queue_capacity=20) as server:
         assert detect(server).status_code == 200
-        assert detector.opened_beside == [], "nobody waited"
-        for _ in range(2):
-            for answer in in_background(20, lambda: detect(server)):
-                timing = answer.result().json()["timing_ms"]
-                assert sum(timing.values()) - timing["total"] == pytest.approx(timing["total"], abs=0.01)
-            server.wait_until(lambda: detector.opened_beside == [2])
+        assert detector.beside_others == [False], "alone"
+        for answer in in_background(20, lambda: detect(server)):
+            timing = answer.result().json()["timing_ms"]
+            assert sum(timing.values()) - timing["total"] == pytest.approx(timing["total"], abs=0.01)
         assert any(detector.beside_others)
         assert detect(server).status_code == 200
-        assert detector.beside_others[-1] is False, "alone"
-
-
-def test_closing_waits_for_a_session_that_is_being_opened() -> None:
-    class Slow(FakeDetector):
-        def open_beside(self, runs_at_once: int) -> None:
-            time.sleep(0.5)
-            super().open_beside(runs_at_once)
-
-    with serving(detector := Slow(seconds=0.01), runs_at_once=2, queue_capacity=20) as server:
-        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
-    assert detector.opened_beside == [2]
-
-
-@pytest.mark.parametrize(("runs_at_once", "opened"), [(None, []), (3, [3])])
-def test_a_large_model_gets_ready_for_a_crowd_only_if_told_to(runs_at_once: int | None, opened: list[int]) -> None:
-    """A second session of it would take much memory."""
-    with serving(
-        detector := FakeDetector(seconds=0.01, file_bytes=100 * 2**20), runs_at_once=runs_at_once, queue_capacity=20
-    ) as server:
-        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
-        server.wait_until(lambda: detector.opened_beside == opened)
-    assert any(detector.beside_others) == bool(opened)
-
-
-def test_with_one_run_at_once_the_detector_never_gets_ready_for_more() -> None:
-    with serving(detector := FakeDetector(seconds=0.01), runs_at_once=1, queue_capacity=20) as server:
-        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
-    assert detector.opened_beside == [] and not any(detector.beside_others)
-
-
-def test_a_detector_that_cannot_get_ready_goes_on_one_after_the_other(caplog: pytest.LogCaptureFixture) -> None:
-    class Changed(FakeDetector):
-        def open_beside(self, runs_at_once: int) -> None:
-            raise InvalidModel("the file has changed")
-
-    with serving(detector := Changed(seconds=0.01), runs_at_once=2, queue_capacity=20) as server:
-        assert {answer.result().status_code for answer in in_background(20, lambda: detect(server))} == {200}
-        server.wait_until(lambda: "the file has changed" in caplog.text)
-    assert not any(detector.beside_others)
-    assert caplog.text.count("the file has changed") == 1
+        assert detector.beside_others[-1] is False, "alone again"
 
 
 def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> None:
