@@ -109,6 +109,11 @@ class Batcher(Generic[JobT, ResultT]):
         return self._places_taken
 
     @property
+    def waiting(self) -> int:
+        """Jobs put and not yet on the device."""
+        return len(self._waiting)
+
+    @property
     def running(self) -> int:
         """Jobs on the device."""
         return sum(run.count for run in self._runs)

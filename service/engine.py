@@ -4,7 +4,8 @@ makes of them. Knows no HTTP.
 A decode thread that finds the device idle runs its image itself, if another one is left to decode meanwhile. A device
 thread finishes the first image of its batch itself, while another thread runs the next batch; the others go to the
 finish pool. So an image that is alone changes threads as rarely as can be, and has all of the CPU's cores; a crowd's
-images run side by side, where the detector was opened for that.
+images run side by side, where the detector was opened for that. Of a crowd only as many are decoded as the device takes
+next; the others wait as the bytes they came in.
 
 A `Job` is owned by one stage at a time, and each of its timestamps ends one stage and begins the next. Waiting for a
 decode thread and waiting for the device are both `queue`. The model and the parameters are the job's own from the
@@ -15,6 +16,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +33,9 @@ from service.store import LoadedModel, ModelStore
 logger = logging.getLogger(__name__)
 
 FINISH_THREADS = 2
+TURNS_AHEAD = 2
+"""Images decoded ahead of the device, in all that it takes at once. To decode all at once that came at once would delay
+the first of them by the decoding of the last, and hold the pixels of all."""
 FAILURES_BEFORE_SELF_TEST = 3
 
 
@@ -155,6 +160,10 @@ class Engine:
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, "decode")
+        self._decode_threads, self._runs_at_once = decode_threads, runs_at_once
+        self._undecoded: deque[Job] = deque()  # first admitted first; the lock guards both
+        self._decoding = 0
+        self._decoding_lock = threading.Lock()
         self._put = self.batcher.put_or_run if decode_threads > 1 else self.batcher.put
         self._finishers = ThreadPoolExecutor(FINISH_THREADS, "finish")
         self._failures_in_a_row = 0
@@ -201,21 +210,51 @@ class Engine:
             )
             for data, each_finish in zip(images, finish, strict=True)
         ]
-        for job in jobs:
-            self._decoders.submit(self._prepare, job)
+        with self._decoding_lock:
+            self._undecoded.extend(jobs)
+        self._decode_more()
         return jobs
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it: do none of the work not yet begun, and free its place."""
         job.cancelled = True
-        if self.batcher.remove(job):
+        with self._decoding_lock:
+            undecoded = job in self._undecoded
+            if undecoded:
+                self._undecoded.remove(job)
+        if undecoded:
+            self.batcher.give_back_place()
+        if undecoded or self.batcher.remove(job):
             job.future.cancel()
+        self._decode_more()
+
+    def _decode_more(self) -> None:
+        """Call whenever an image has come, or one that was decoded has gone on: to the device, or for good."""
+        with self._decoding_lock:
+            while self._undecoded:
+                ahead = TURNS_AHEAD * self._runs_at_once * self._undecoded[0].max_batch_size + self._decode_threads
+                if self._decoding + self.batcher.waiting >= ahead:
+                    return
+                self._decoding += 1
+                self._decoders.submit(self._prepare, self._undecoded.popleft())
 
     def _prepare(self, job: Job) -> None:
         """On a decode thread."""
-        if job.gone:
-            self.batcher.give_back_place()
+        error = self._decode(job)
+        with self._decoding_lock:
+            self._decoding -= 1
+        if error is None and not job.gone:
+            self._put(job)
             return
+        self.batcher.give_back_place()
+        if error is not None:
+            job.settle(None, error)
+        self._decode_more()
+
+    def _decode(self, job: Job) -> Exception | None:
+        """Why it could not be done."""
+        if job.gone:
+            return None
         job.watch.lap("queue")
         try:
             image = decode_image(bytes(job.data), max_pixels=self._max_image_pixels)
@@ -223,17 +262,13 @@ class Engine:
             job.canvas = to_canvas(image, job.model.detector.metadata.resize)
             job.watch.lap("preprocess")
         except Exception as error:  # a pool's boundary: whatever it is, the request is answered and its place freed
-            self.batcher.give_back_place()
-            job.settle(None, error)
-            return
+            return error
         job.data = bytearray()
-        if job.gone:
-            self.batcher.give_back_place()
-        else:
-            self._put(job)
+        return None
 
     def _run(self, batch: list[Job], shares: bool) -> list[Candidates | Exception]:
         """On a device thread, or the decode thread of an image that is alone."""
+        self._decode_more()
         started = time.perf_counter()
         results = self._attempt(batch, shares)
         if len(batch) > 1 and isinstance(results[0], InferenceFailed) and not results[0].fatal:

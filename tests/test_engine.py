@@ -1,5 +1,6 @@
 """Load, faults and departures, over real sockets, around a detector that is slow or fails when told."""
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -125,6 +126,43 @@ def test_a_crowd_shares_the_device_and_a_lone_image_does_not() -> None:
         assert any(detector.beside_others)
         assert detect(server).status_code == 200
         assert detector.beside_others[-1] is False, "alone again"
+
+
+def test_of_a_crowd_only_what_the_device_takes_next_is_decoded() -> None:
+    with serving(detector := FakeDetector(), queue_capacity=20) as server:
+        engine, running, ahead = server.service.engine, 1, 2 + 2  # two turns of one, one for each decode thread
+        detector.gate.clear()
+        answers = in_background(12, lambda: detect(server))
+        server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 12)
+        server.wait_until(lambda: engine.batcher.waiting == ahead)
+        assert len(engine._undecoded) == 12 - running - ahead
+        with connected(server) as leaving:
+            send_image(leaving, picture())
+            server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 13)
+        server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 12)
+        assert engine.batcher.waiting == ahead, "its place is free, and nothing was done for it"
+        detector.gate.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 12
+
+
+def test_clients_that_leave_while_all_that_is_decoded_waits_make_room_for_the_others() -> None:
+    with serving(detector := FakeDetector(), queue_capacity=20) as server, contextlib.ExitStack() as stay:
+        engine = server.service.engine
+        detector.gate.clear()
+        [first] = in_background(1, lambda: detect(server))
+        server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
+        with contextlib.ExitStack() as leave:
+            for _ in range(4):
+                send_image(leave.enter_context(connected(server)), picture())
+            server.wait_until(lambda: engine.batcher.waiting == 4)
+            send_image(stay.enter_context(connected(server)), picture())
+            server.wait_until(lambda: len(engine._undecoded) == 1)
+        server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 2)
+        server.wait_until(lambda: engine.batcher.waiting == 1)
+        detector.gate.set()
+        assert first.result().status_code == 200
+        server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 0)
+        assert len(detector.batches) == 2
 
 
 def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> None:

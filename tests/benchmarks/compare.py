@@ -353,7 +353,9 @@ def main() -> None:
     add_cache_flag(parser)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
-    peers = [peer for peer in PEERS if given.only is None or peer.name.lower().startswith(tuple(given.only))]
+    peers = [
+        peer for peer in PEERS if given.only is None or peer.name.lower().startswith(tuple(map(str.lower, given.only)))
+    ]
     model = resnet50(given.cache) if given.resnet50 else given.model.absolute()
     measured, failed = compare(peers, model, given.cache, given.clients, given.requests, given.rounds)
     print(
