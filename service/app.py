@@ -16,9 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive
 
 from model.image import decode_image
 from service.config import Settings
@@ -307,8 +306,8 @@ def _first(given: Value | None, default: Value) -> Value:
     return default if given is None else given
 
 
-def create_app(service: Service, settings: Settings) -> FastAPI:
-    """The ASGI application."""
+def create_app(service: Service, settings: Settings) -> ASGIApp:
+    """The ASGI application: FastAPI in our layers, and none of its own around them, so that refusals take little."""
     app = FastAPI(
         title="retinaserve",
         version=program_version(),
@@ -323,8 +322,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     _add_errors(app)
     routes = sorted({route.path for route in app.routes})  # type: ignore[attr-defined]
     _make_series(app, service.metrics, routes)
-    app.user_middleware = _middleware(service, settings, routes)
-    return app
+    return _layers(app, service, settings, routes)
 
 
 def _add_detection(app: FastAPI, service: Service) -> None:
@@ -391,7 +389,7 @@ def _add_errors(app: FastAPI) -> None:
         body = problem(code, f"{request.method} {request.url.path}", record_of(request.scope).request_id)
         return Response(encode(body), body["status"], error.headers, PROBLEM_MEDIA_TYPE)
 
-    for kind in CODES:
+    for kind in (*CODES, Exception):  # FastAPI raises the last on, for Observe to log
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, by_framework)
 
@@ -403,26 +401,20 @@ def _explain(error: ErrorDetails) -> str:
     return f"{name}: {error['msg']}, not {error['input']!r}"
 
 
-def _middleware(service: Service, settings: Settings, routes: Sequence[str]) -> list[Middleware]:
-    """Outermost first."""
-    layers = [
-        Middleware(Observe, metrics=service.metrics, routes=routes, is_draining=lambda: service.life.draining),
-        Middleware(Linger, seconds=settings.upload_timeout_seconds),
-    ]
-    if settings.cors_origins:
-        layers.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-                expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
-            )
-        )
+def _layers(app: ASGIApp, service: Service, settings: Settings, routes: Sequence[str]) -> ASGIApp:
+    app = Shed(app, refusal=service.refusal)
     if settings.api_keys:
-        layers.append(Middleware(RequireKey, keys=[key.get_secret_value() for key in settings.api_keys]))
-    layers.append(Middleware(Shed, refusal=service.refusal))
-    return layers
+        app = RequireKey(app, keys=[key.get_secret_value() for key in settings.api_keys])
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
+        )
+    app = Linger(app, seconds=settings.upload_timeout_seconds)
+    return Observe(app, metrics=service.metrics, routes=routes, is_draining=lambda: service.life.draining)
 
 
 def _make_series(app: FastAPI, metrics: Metrics, routes: Sequence[str]) -> None:

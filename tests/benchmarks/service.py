@@ -5,18 +5,20 @@
 
 Prints markdown tables. Clients run in this process, servers in their own; nothing else should run on the machine. The
 two services take turns, so that a machine that grows slower does so for both; what is compared are the two
-measurements of a round, and of the rounds the median counts.
+measurements of a round, and of the rounds the median counts. Overload is measured twice: with clients on the service's
+own cores, where what a refusal costs its client is lost to the service, and with the cores halved between the two.
 """
 
 import argparse
 import asyncio
 import contextlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -277,7 +279,7 @@ class Overload:
         return QUEUE_CAPACITY / self.capacity * 1000
 
 
-def overload(url: str, seconds: float, rounds: int) -> str:
+def overload(url: str, seconds: float, rounds: int) -> list[Overload]:
     """Capacity and overload in turns."""
     assert ask(url, "/readyz", method="GET").status == 200
 
@@ -290,28 +292,65 @@ def overload(url: str, seconds: float, rounds: int) -> str:
         after = capacity()
         taken.append(Overload((before + after) / 2, measured, probes))
         before = after
+    return taken
+
+
+def overload_cells(taken: Sequence[Overload]) -> list[str]:
+    """A column of the table: OVERLOAD_ROWS."""
     goodputs = [each.measured.throughput / each.capacity for each in taken]
     statuses = sorted(set().union(*(each.measured.by_status for each in taken)))
     counts = {status: sum(len(each.measured.by_status.get(status, [])) for each in taken) for status in statuses}
-    rows = [
-        ("capacity, images/s", f"{median(each.capacity for each in taken):.1f}", ""),
-        ("asked, of capacity", f"{median(each.asked / each.capacity for each in taken):.2f} ×", ""),
-        ("goodput, of capacity", f"{median(goodputs):.1%} ({min(goodputs):.1%} to {max(goodputs):.1%})", "≥ 95 %"),
-        ("answers", ", ".join(f"{status}: {count}" for status, count in counts.items()), "200 and 429"),
-        (
-            "p99 of the accepted",
-            f"{median(each.measured.p99_ms() for each in taken):.0f} ms",
-            f"queue × time of one: {median(each.bound_ms for each in taken):.0f} ms",
-        ),
-        ("p99 of the refused", f"{median(each.measured.p99_ms(429) for each in taken):.1f} ms", "< 50 ms"),
-        (
-            "`/healthz`, p99 and worst",
-            f"{median(np.percentile(each.probes, 99) for each in taken) * 1000:.1f} ms, "
-            f"{max(max(each.probes) for each in taken) * 1000:.1f} ms",
-            "< 100 ms",
-        ),
+    return [
+        f"{median(each.capacity for each in taken):.1f}",
+        f"{median(each.asked / each.capacity for each in taken):.2f} ×",
+        f"{median(goodputs):.1%} ({min(goodputs):.1%} to {max(goodputs):.1%})",
+        ", ".join(f"{status}: {count}" for status, count in counts.items()),
+        f"{median(each.bound_ms for each in taken):.0f} ms",
+        f"{median(each.measured.p99_ms() for each in taken):.0f} ms",
+        f"{median(each.measured.p99_ms(429) for each in taken):.1f} ms",
+        f"{median(np.percentile(each.probes, 99) for each in taken) * 1000:.1f} ms, "
+        f"{max(max(each.probes) for each in taken) * 1000:.1f} ms",
     ]
-    head = "| at twice capacity | | reach |\n|---|---:|---|"
+
+
+OVERLOAD_ROWS = {
+    "capacity, images/s": "",
+    "asked, of capacity": "",
+    "goodput, of capacity": "≥ 95 %",
+    "answers": "200 and 429",
+    "queue × time of one": "",
+    "p99 of the accepted": "the row above",
+    "p99 of the refused": "< 50 ms",
+    "`/healthz`, p99 and worst": "< 100 ms",
+}
+
+
+@contextlib.contextmanager
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """This thread, and the processes that it starts meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def overload_table(folder: Path, model: Path, seconds: float, rounds: int) -> str:
+    places = ("--queue-capacity", str(QUEUE_CAPACITY))
+    with server_process(folder, *places, model_path=model) as ours:
+        columns = {"clients on the same cores": overload_cells(overload(ours.url, seconds, rounds))}
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    if half:
+        with on_cores(cores[:half]), contextlib.ExitStack() as running:
+            alone_ms = write_model(model) * 1000  # as slow with fewer cores
+            ours = running.enter_context(server_process(folder, *places, model_path=model))
+            with on_cores(cores[half:]):
+                cells = overload_cells(overload(ours.url, seconds, rounds))
+        columns[f"on others: {half} for the service, one image alone {alone_ms:.1f} ms"] = cells
+    head = f"| at twice capacity | {' | '.join(columns)} | reach |\n|---|{'---:|' * len(columns)}---|"
+    rows = zip(OVERLOAD_ROWS, *columns.values(), OVERLOAD_ROWS.values(), strict=True)
     return "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
@@ -333,8 +372,7 @@ def main() -> None:
         with server_process(folder, *roomy, model_path=model) as ours, bare_process(model) as bare:
             contender = Contender(ours.url, ours.process.pid)
             print(compare(contender, bare, given.seconds, given.rounds), end="\n\n", flush=True)
-        with server_process(folder, "--queue-capacity", str(QUEUE_CAPACITY), model_path=model) as ours:
-            print(overload(ours.url, given.seconds, given.rounds))
+        print(overload_table(folder, model, given.seconds, given.rounds))
 
 
 if __name__ == "__main__":
