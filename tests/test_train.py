@@ -23,7 +23,7 @@ from training.coco import CocoDataSet, InvalidDataSet, load_coco
 from training.config import PRESETS, LossConfig, TrainConfig
 from training.data import load_batches, schedule
 from training.losses import Losses
-from training.optimiser import learning_rate
+from training.optimiser import learning_rate, memory_format
 from training.state import RunFolderInUse
 from training.stopping import WATCHED, LossWatch, TrainingDiverged
 
@@ -156,6 +156,24 @@ def test_the_running_mean_of_the_positives_is_detectron2s(data: Path, tmp_path: 
     assert positives >= 1
     expected = batch_line["classification_loss"] * positives / mean
     assert mean_line["classification_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "asked", "last"),
+    [
+        ("AVX512", "cpu", None, True),
+        ("AVX2", "cpu", None, False),
+        ("AVX2", "cuda", None, True),
+        ("AVX512", "cpu", False, False),
+        ("AVX2", "cpu", True, True),
+    ],
+)
+def test_the_layout_in_memory_is_the_devices_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capability: str, device: str, asked: bool | None, last: bool
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    chosen = memory_format(replace(TINY, channels_last=asked), torch.device(device))
+    assert chosen == (torch.channels_last if last else torch.contiguous_format)
 
 
 def test_the_layout_in_memory_does_not_change_what_is_computed(data: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class TrainConfig:
         "of the network's arithmetic: bf16 and fp16 by autocast, weights stay fp32; fp64 to compare runs exactly",
     ] = "fp32"
     channels_last: Annotated[
-        bool | None, "weights and images lie in memory as GPUs want them; unset: on a GPU, since CPUs may be slower so"
+        bool | None, "weights and images lie in memory as GPUs want them; unset: on a GPU and on a CPU with AVX-512"
     ] = None
     accumulate_steps: Annotated[int, "parts that a process computes its images of a step in, to save memory"] = 1
     divergence_factor: Annotated[

@@ -194,7 +194,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes that load samples, on each side")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False, help="our layout")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="our layout")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours; theirs is fp32")
     parser.add_argument("--memory-of", choices=("ours", "theirs"), help="print the peak memory of one side, in GiB")
     parser.add_argument("--data", type=Path, help="a COCO-format data set instead of one drawn for the occasion")
@@ -235,10 +235,14 @@ def main() -> int:
         same = ["--backbone", options.backbone, "--shorter-side", str(options.shorter_side)]
         same += ["--batch-size", str(options.batch_size), "--data", str(data)]
         same += ["--precision", options.precision]
-        same += ["--channels-last" if options.channels_last else "--no-channels-last"]
+        if options.channels_last is not None:
+            same += ["--channels-last" if options.channels_last else "--no-channels-last"]
         our_memory, their_memory = (peak_memory(side, same) for side in ("ours", "theirs"))
     print_table(options, ours, theirs, loading, our_memory, their_memory)
     return 0
+
+
+LAYOUTS = {True: "last", False: "first", None: "as by default on this CPU"}
 
 
 def print_table(
@@ -247,7 +251,7 @@ def print_table(
     print(
         f"{machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}; {options.backbone}, shorter "
         f"side {options.shorter_side} px, {options.batch_size} images a step, {options.workers} loading processes, "
-        f"ours {options.precision}, channels {'last' if options.channels_last else 'first'}, "
+        f"ours {options.precision}, channels {LAYOUTS[options.channels_last]}, "
         f"medians of {options.rounds} turns of {STEPS_IN_A_TURN - 1} steps, `python -m tests.benchmarks.training`\n"
     )
     print("| measured | ours | torchvision's | ratio | reach |\n|---|---|---|---|---|")
