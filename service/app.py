@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive
 
 from model.image import decode_image
@@ -309,19 +311,18 @@ def _first(given: Value | None, default: Value) -> Value:
 
 def create_app(service: Service, settings: Settings) -> ASGIApp:
     """The ASGI application: FastAPI in our layers, and none of its own around them, so that refusals take little."""
-    app = FastAPI(
+    make_app = partial(FastAPIOffline, docs_url="/docs") if settings.docs else partial(FastAPI, openapi_url=None)
+    app = make_app(
         title="retinaserve",
         version=program_version(),
         summary="A RetinaNet object detector over HTTP.",
-        docs_url="/docs" if settings.docs else None,
-        openapi_url="/openapi.json" if settings.docs else None,
         redoc_url=None,
         redirect_slashes=False,
     )
     _add_detection(app, service)
     _add_operations(app, service)
     _add_errors(app)
-    routes = sorted({route.path for route in app.routes})  # type: ignore[attr-defined]
+    routes = sorted({route.path for route in app.routes if isinstance(route, Route)})
     _make_series(app, service.metrics, routes)
     return _layers(app, service, settings, routes)
 
@@ -430,10 +431,12 @@ def _make_series(app: FastAPI, metrics: Metrics, routes: Sequence[str]) -> None:
     for path in routes:
         answers: dict[str, tuple[int, ...]] = dict.fromkeys(methods, (401, 405))
         for route in app.routes:
-            if route.path == path:  # type: ignore[attr-defined]
-                answers |= dict.fromkeys(route.methods, _statuses(path))  # type: ignore[attr-defined]
+            if isinstance(route, Route) and route.path == path:
+                answers |= dict.fromkeys(route.methods or (), _statuses(path))
         metrics.make_http_series(path, answers)
-    metrics.make_http_series(UNMATCHED, dict.fromkeys(methods, (200, 400, 401, 404)))
+    answers = dict.fromkeys(methods, (200, 400, 401, 404, 405))
+    files = dict.fromkeys(("GET", "HEAD"), (200, 206, 304, 400, 401, 404, 416))  # of the docs page
+    metrics.make_http_series(UNMATCHED, answers | files)
 
 
 def _statuses(path: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -270,9 +271,19 @@ def test_the_openapi_document_describes_every_route_with_examples(server: Servin
     assert "Problem" in document["components"]["schemas"]
 
 
+def test_the_docs_page_needs_no_other_host(server: Serving) -> None:
+    page = server.client.get("/docs").text
+    links = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert len(links) == 3, "a script, a style and an icon"
+    for link in links:
+        assert server.client.get(link).status_code == 200
+    assert "/openapi.json" in page
+
+
 def test_docs_can_be_switched_off() -> None:
     with serving(FakeDetector(), docs=False) as server:
-        assert server.client.get("/docs").status_code == server.client.get("/openapi.json").status_code == 404
+        for path in ("/docs", "/openapi.json", "/static-offline-docs/swagger-ui.css"):
+            assert server.client.get(path).status_code == 404
 
 
 def test_with_keys_set_a_request_needs_one_but_a_probe_does_not() -> None:
