@@ -180,6 +180,8 @@ class Engine:
     def close(self, timeout_seconds: float = 5) -> bool:
         """Finish what was admitted; False: the device is stuck."""
         ended = self.batcher.close(timeout_seconds)
+        with self._decoding_lock:
+            self._undecoded.clear()  # only a stuck device has left any
         self._decoders.shutdown(wait=ended, cancel_futures=True)
         self._finishers.shutdown(wait=ended)
         return ended

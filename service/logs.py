@@ -4,6 +4,7 @@ A record's own values travel in `extra={"fields": {...}}`. Writing happens on a 
 reader of standard error cannot stall the event loop.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from queue import SimpleQueue
 from typing import Literal, TextIO
 
 MAX_WAITING_LINES = 10_000
+MAX_GATHERED_LINES = 100
 GATHER_SECONDS = 0.05
 LogFormat = Literal["auto", "json", "text"]
 ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
@@ -54,7 +56,7 @@ class Handover(QueueHandler):
 
 
 class Gathering(logging.StreamHandler[TextIO]):
-    """Writes lines when it is flushed, all at once."""
+    """Writes lines when it is flushed, or has many, all at once. What cannot be written is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -65,12 +67,14 @@ class Gathering(logging.StreamHandler[TextIO]):
             self._lines.append(self.format(record) + self.terminator)
         except Exception:  # as logging's own handlers: a line that cannot be made must not end what logs
             self.handleError(record)
+        if len(self._lines) >= MAX_GATHERED_LINES:
+            self.flush()
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
-        if lines:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed stream
             self.stream.write("".join(lines))
-        super().flush()
+            super().flush()
 
 
 class Unhurried(QueueListener):

@@ -80,7 +80,31 @@ def test_lines_that_come_together_are_written_together_and_in_order(monkeypatch:
     listener.start()
     listener.stop()
     assert stream.getvalue().splitlines() == [str(number) for number in range(100)]
-    assert len(pauses) <= 1 and stream.count <= 2
+    assert len(pauses) <= 1 and stream.count <= 3
+
+
+def test_lines_that_keep_coming_are_written_meanwhile() -> None:
+    handler = Gathering(stream := Writes())
+    for number in range(1000):
+        handler.handle(logging.makeLogRecord({"msg": str(number)}))
+    assert stream.count == 10
+
+
+def test_lines_that_cannot_be_written_are_lost_and_the_next_are_written() -> None:
+    class Full(Writes):
+        def write(self, text: str) -> int:
+            self.count += 1
+            if self.count == 1:
+                raise OSError("No space left on device")
+            return super().write(text)
+
+    listener = Unhurried(SimpleQueue(), Gathering(stream := Full()))
+    listener.start()
+    listener.queue.put(logging.makeLogRecord({"msg": "lost"}))
+    wait_until(lambda: stream.count == 1)
+    listener.queue.put(logging.makeLogRecord({"msg": "written"}))
+    listener.stop()
+    assert stream.getvalue() == "written\n"
 
 
 def test_a_line_is_written_soon_and_not_when_the_next_comes() -> None:
