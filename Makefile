@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: serve install test check format demo-model article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
-	$(BIN)/python -m service
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see BENCHMARKS.md
 
 install: $(VENV)/.everything-$(RUNTIME) ## all that a contributor needs
 
