@@ -433,7 +433,17 @@ ls /app
     found = docker("run", "--rm", "--user", "0", "--entrypoint", "sh", images[runtime], "-c", program).split()
     assert found == ["LICENSE", "model", "ready.py", "retinaserve-0.1.0.dist-info", "service"]
     config = json.loads(docker("image", "inspect", images[runtime]))[0]["Config"]
-    known = ("PATH=", "PYTHON", "HOME=", "RETINASERVE_", "NVIDIA_", "SSL_CERT_FILE=", "LANG=", "GPG_KEY=")
+    known = (
+        "PATH=",
+        "GLIBC_TUNABLES=",
+        "PYTHON",
+        "HOME=",
+        "RETINASERVE_",
+        "NVIDIA_",
+        "SSL_CERT_FILE=",
+        "LANG=",
+        "GPG_KEY=",
+    )
     assert [variable for variable in config["Env"] if not variable.startswith(known)] == []
     assert config["User"] == "10001:10001"
 
