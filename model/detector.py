@@ -125,12 +125,15 @@ class Detector:
         )
         if device != "cpu" and has_cuda_build():
             self._move_to_cuda(model, gpu_memory_limit_bytes or DEFAULT_GPU_MEMORY_BYTES)
+        self._run_beside = self._open_beside(model, runs_at_once) if self.provider == CPU else None
+
+    def _open_beside(self, model: bytes, runs_at_once: int | None) -> AnyShape | None:
+        """What runs of a crowd share on a CPU; None: they take turns."""
         if runs_at_once is None:
             runs_at_once = RUNS_AT_ONCE if len(model) <= LARGE_MODEL_BYTES else 1
-        self._run_beside: AnyShape | None = None
-        if self.provider == CPU and self._threads > 1 and runs_at_once > 1:
-            own_threads = max(1, self._threads + 1 - runs_at_once)  # each run's caller computes, too
-            self._run_beside = AnyShape(open_on_cpu(model, own_threads))
+        if self._threads == 1 or runs_at_once == 1:
+            return None
+        return AnyShape(open_on_cpu(model, max(1, self._threads + 1 - runs_at_once)))  # each run's caller computes, too
 
     def _move_to_cuda(self, model: bytes, memory_limit_bytes: int) -> None:
         def open_session(shape: InputShape) -> ort.InferenceSession:

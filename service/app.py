@@ -410,6 +410,7 @@ def _explain(error: ErrorDetails) -> str:
 
 
 def _layers(app: ASGIApp, service: Service, settings: Settings, routes: Sequence[str]) -> ASGIApp:
+    """Innermost first."""
     app = Shed(app, refusal=service.refusal)
     if settings.api_keys:
         app = RequireKey(app, keys=[key.get_secret_value() for key in settings.api_keys])

@@ -82,19 +82,19 @@ class Unhurried(QueueListener):
 
     queue: "SimpleQueue[logging.LogRecord]"
 
-    def __init__(self, records: "SimpleQueue[logging.LogRecord]", handler: Gathering) -> None:
-        super().__init__(records, handler)
-        self._handler = handler
-
     def handle(self, record: logging.LogRecord) -> None:
         super().handle(record)
         if self.queue.empty():
-            self._handler.flush()
+            self._flush()
             time.sleep(GATHER_SECONDS)
 
     def stop(self) -> None:
         super().stop()
-        self._handler.flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        for handler in self.handlers:
+            handler.flush()
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:

@@ -276,6 +276,7 @@ def test_the_docs_page_needs_no_other_host(server: Serving) -> None:
     links = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
     assert len(links) == 3, "a script, a style and an icon"
     for link in links:
+        assert re.match(r"/[^/]", link), "on this host"
         assert server.client.get(link).status_code == 200
     assert "/openapi.json" in page
 
