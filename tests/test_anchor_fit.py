@@ -13,9 +13,9 @@ from model.image import resized_size
 from model.metadata import Label, ResizePolicy
 from tests.tiny_training import write_tiny_data
 from training.__main__ import main
-from training.anchor_fit import best_anchors, canvas_objects, fit_anchors, typical_ratios
 from training.coco import CocoDataSet, Picture, Target
 from training.config import LossConfig
+from training.report.anchor_fit import best_anchors, canvas_objects, fit_anchors, typical_ratios
 
 RESIZE = ResizePolicy(shorter_side=256, longest_side=400)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from training.article import ROWS, Result, append_result, read_results, run_rows
-from training.article_page import PARTS, Claim, scenario_table, verdict, write_page
+from training.ablations.loss_shares import cumulative_share, loss_of_each, share_of_hardest
+from training.ablations.page import PARTS, Claim, scenario_table, verdict, write_page
+from training.ablations.runs import ROWS, Result, append_result, read_results, run_rows
 from training.coco import load_coco
 from training.config import PRESETS
 from training.focal import focal_loss_sum
-from training.hardness import cumulative_share, loss_of_each, share_of_hardest
 from training.optimiser import learning_rate
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from tests.networks import SMALL_CANVAS, TINY, draw, missing, tiny_checkpoint
 from training.checkpoint import build_detector
 from training.config import LossConfig
 from training.evaluate import torch_run
-from training.export import export
+from training.exchange.onnx_file import export
 from training.losses import retinanet_losses
 from training.transforms import TensorTarget
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from training.demo import LABELS, PlacedObject, draw_data_set, draw_picture, place_objects
+from training.demo.draw import LABELS, PlacedObject, draw_data_set, draw_picture, place_objects
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ import pytest
 from model.detector import PRETRAINED, Detector
 from tests.networks import assert_agree
 from training.coco import load_coco
-from training.demo import draw_data_set, draw_picture
+from training.demo.draw import draw_data_set, draw_picture
 from training.evaluate import evaluate, open_predictor
 
 MAX_BYTES = 12_000_000

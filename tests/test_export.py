@@ -13,7 +13,7 @@ from model.backbones import FrozenNorm, NormedConv2d
 from model.retinanet import HeadLayer, RetinaNetConfig
 from tests.networks import TINY, tiny_checkpoint
 from training.checkpoint import Checkpoint, build_detector
-from training.export import ExportFailed, check_equal, example_inputs, export, fold_norms, to_onnx
+from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export, fold_norms, to_onnx
 
 NORMED = replace(TINY, head_norm="batch", head_convs=2)
 

@@ -14,7 +14,15 @@ from tests.tiny_training import write_tiny_data
 from training.__main__ import main
 from training.checkpoint import Checkpoint, InvalidCheckpoint, load_checkpoint, save_checkpoint
 from training.config import PRESETS, OptimiserConfig, TrainConfig
-from training.finetune import LOGITS, Transfer, backbone_stages, fine_tuning_config, freeze_stages, lineage, transfer
+from training.exchange.finetune import (
+    LOGITS,
+    Transfer,
+    backbone_stages,
+    fine_tuning_config,
+    freeze_stages,
+    lineage,
+    transfer,
+)
 from training.optimiser import build_optimiser, set_train_mode
 
 CELL = TINY.anchors.per_cell

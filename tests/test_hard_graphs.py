@@ -13,7 +13,7 @@ from model.detector import Detector
 from model.image import to_canvas
 from model.types import CanvasImage
 from tests.networks import TINY, draw, tiny_checkpoint
-from training.export import export
+from training.exchange.onnx_file import export
 
 pytestmark = pytest.mark.slow
 ANCHORS_PER_CELL = 9

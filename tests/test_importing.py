@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.metadata import Label
 from training.__main__ import main
 from training.checkpoint import build_detector, load_checkpoint
-from training.importing import import_weights, read_labels, renamed
+from training.exchange.torchvision import import_weights, read_labels, renamed
 
 V1, V2 = "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"
 PUBLISHED = {V1: "retinanet_resnet50_fpn_coco-eeacb38b.pth", V2: "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth"}

@@ -11,7 +11,7 @@ from model.detector import Detector
 from model.image import to_canvas
 from tests.tiny_training import TINY, train_here, write_tiny_data
 from training.checkpoint import load_checkpoint
-from training.export import export
+from training.exchange.onnx_file import export
 
 P2_TO_P6 = AnchorConfig(base_sizes=(8, 16, 32, 64, 128), lowest_level=2)
 P3_TO_P5 = AnchorConfig(base_sizes=(16, 32, 64), scales=(1, 1.5))

@@ -23,8 +23,8 @@ from tests.networks import assert_agree, draw, enliven, tiny_checkpoint
 from tests.serving import server_process
 from training.checkpoint import build_detector
 from training.evaluate import Predictor, torch_run
-from training.export import export
-from training.importing import ARCHITECTURES, import_weights
+from training.exchange.onnx_file import export
+from training.exchange.torchvision import ARCHITECTURES, import_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # an export of a ResNet-50 takes half a minute on a free core
 RESIZE = ResizePolicy(shorter_side=224, longest_side=352)

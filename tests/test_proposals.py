@@ -17,7 +17,7 @@ from training.checkpoint import Checkpoint, build_detector
 from training.coco import OBJECT
 from training.config import PRESETS, TrainConfig
 from training.evaluate import torch_predictor
-from training.export import export
+from training.exchange.onnx_file import export
 from training.losses import retinanet_losses
 from training.transforms import TensorTarget
 

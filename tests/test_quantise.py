@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model.types import CanvasImage
 from training.checkpoint import Checkpoint
-from training.export import export
-from training.quantise import Fp32Layers, network_nodes, quantise, with_shapes_of_what_is_stored
+from training.exchange.int8 import Fp32Layers, network_nodes, quantise, with_shapes_of_what_is_stored
+from training.exchange.onnx_file import export
 
 
 def graph() -> onnx.ModelProto:

@@ -21,8 +21,8 @@ from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
 from training.evaluate import average_precision
 from training.losses import retinanet_losses
-from training.plots import matches
-from training.report import read_metrics, write_whole
+from training.report.page import read_metrics, write_whole
+from training.report.plots import matches
 from training.transforms import TensorTarget
 
 

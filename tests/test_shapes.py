@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from training import shapes
+from training.demo import shapes
 
 PICTURE = (80, 100)
 """(height, width)."""

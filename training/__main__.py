@@ -203,13 +203,13 @@ def _command(
 
 
 def demo(options: argparse.Namespace) -> None:
-    from training.demo import draw_data_set
+    from training.demo.draw import draw_data_set
 
     draw_data_set(options.out, images=options.images, validation_images=options.validation_images, seed=options.seed)
 
 
 def anchors(options: argparse.Namespace) -> None:
-    from training.anchor_fit import fit_anchors
+    from training.report.anchor_fit import fit_anchors
 
     config = override(PRESETS[options.preset], vars(options))
     data_set = load_coco(options.data, options.split)
@@ -220,7 +220,7 @@ def train(options: argparse.Namespace) -> None:
     from training.checkpoint import load_checkpoint
     from training.distributed import joined, local_device
     from training.evaluate import choose_device
-    from training.finetune import fine_tuning_config, lineage
+    from training.exchange.finetune import fine_tuning_config, lineage
     from training.train import train as run_training
 
     config, init = override(PRESETS[options.preset], vars(options)), None
@@ -272,7 +272,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def import_weights(options: argparse.Namespace) -> None:
     from training.checkpoint import save_checkpoint
-    from training.importing import import_weights as run_import
+    from training.exchange.torchvision import import_weights as run_import
 
     checkpoint = run_import(options.arch, options.weights, label_file=options.labels, norm_epsilon=options.norm_eps)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -281,8 +281,8 @@ def import_weights(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     from training.checkpoint import load_checkpoint
-    from training.export import Calibration
-    from training.export import export as run_export
+    from training.exchange.onnx_file import Calibration
+    from training.exchange.onnx_file import export as run_export
 
     calibration = None
     if options.calibration is not None:
@@ -298,8 +298,8 @@ def export(options: argparse.Namespace) -> None:
 
 
 def article(options: argparse.Namespace) -> None:
-    from training.article import run_rows
-    from training.article_page import write_page
+    from training.ablations.page import write_page
+    from training.ablations.runs import run_rows
     from training.evaluate import choose_device
 
     run_rows(

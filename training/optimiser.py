@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.retinanet import RetinaNet
 from training.config import OptimiserConfig, TrainConfig
-from training.finetune import freeze_stages
+from training.exchange.finetune import freeze_stages
 
 
 def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:

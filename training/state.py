@@ -16,7 +16,7 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.config import TrainConfig
 from training.distributed import Ranks
 from training.evaluate import ApReport
-from training.finetune import freeze_stages, transfer
+from training.exchange.finetune import freeze_stages, transfer
 from training.optimiser import build_optimiser, memory_format
 
 log = logging.getLogger(__name__)

@@ -29,11 +29,11 @@ from training.distributed import ALONE, Ranks, gradients_kept, in_parallel
 from training.evaluate import ApReport, evaluate, refuse_unknown_labels, torch_predictor
 from training.losses import Losses, retinanet_losses
 from training.optimiser import memory_format, peak_learning_rate, set_learning_rate, set_train_mode, update_average
-from training.record import Record
+from training.report.metrics import Record
+from training.report.validation import EvaluationWatch, Seen
 from training.state import TrainState, start_or_resume, to_checkpoint
 from training.stopping import LossWatch, StopRequest, Terminated, TrainingDiverged
 from training.transforms import Batch
-from training.watch import EvaluationWatch, Seen
 
 log = logging.getLogger(__name__)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -190,7 +190,7 @@ def throughput(setting: Setting) -> list[Row]:
 def int8(setting: Setting) -> list[Row]:
     """Sessions of fp32 and int8 files in turns."""
     from training.checkpoint import load_checkpoint
-    from training.quantise import FP32_LAYERS
+    from training.exchange.int8 import FP32_LAYERS
 
     rows, model = [], setting.model  # makes the checkpoint beside it, too
     checkpoint = load_checkpoint(setting.cache / "resnet50.pt")
@@ -225,8 +225,8 @@ def quantised(setting: Setting, checkpoint: Any, file: Path, fp32_layers: Any) -
     """An int8 file of the ResNet-50, calibrated on the mixed pictures."""
     import onnx
 
-    from training.export import describe
-    from training.quantise import quantise
+    from training.exchange.int8 import quantise
+    from training.exchange.onnx_file import describe
 
     canvases = (
         CanvasImage(each["images"][0], tuple(each["sizes"][0]), (1, 1))

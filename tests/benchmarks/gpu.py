@@ -265,7 +265,7 @@ def models(plan: Plan, folder: Path) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from training.checkpoint import build_detector
-    from training.export import export
+    from training.exchange.onnx_file import export
 
     report = Report(["file", "MB", "seconds"], folder / "models.json")
     checkpoint = random_checkpoint(plan)
@@ -378,7 +378,7 @@ def torch_section(plan: Plan, folder: Path) -> None:
     import torch
 
     from training.checkpoint import build_detector
-    from training.export import half_network
+    from training.exchange.onnx_file import half_network
 
     report = Report(["batch", "engine", "images/s", "ms", "ours over it"], folder / "torch.json")
     precision = fastest_precision(plan)
@@ -447,7 +447,7 @@ def stages(plan: Plan, folder: Path) -> None:
 
 def network_outputs(model: Any) -> list[str]:
     """Of the ten output layers: what the convolutions make and no convolution reads."""
-    from training.quantise import network_nodes
+    from training.exchange.int8 import network_nodes
 
     nodes = network_nodes(model)
     read = {name for node in nodes for name in node.input}

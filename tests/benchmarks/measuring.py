@@ -141,8 +141,8 @@ def resnet50(folder: Path) -> Path:
     `resnet50.pt`."""
     from tests.networks import tiny_checkpoint
     from training.checkpoint import save_checkpoint
-    from training.export import export
-    from training.importing import ARCHITECTURES
+    from training.exchange.onnx_file import export
+    from training.exchange.torchvision import ARCHITECTURES
 
     file = folder / "resnet50.onnx"
     if not file.exists():

@@ -176,7 +176,7 @@ def session_memory(model: Path, inputs: dict[str, Any]) -> str:
 def classes(rounds: int, cache: Path) -> Iterator[Curve]:
     """A small network with ever more columns; the last convolution alone grows, and selection with it."""
     from tests.networks import tiny_checkpoint
-    from training.export import export
+    from training.exchange.onnx_file import export
 
     files = []
     for count in CLASSES:

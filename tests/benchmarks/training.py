@@ -39,7 +39,7 @@ from tests.benchmarks.measuring import machine
 from training.coco import CocoDataSet, load_coco
 from training.config import PRESETS, TrainConfig
 from training.data import load_batches, schedule
-from training.demo import draw_data_set
+from training.demo.draw import draw_data_set
 from training.distributed import ALONE
 from training.state import TrainState, new_state
 from training.train import Run

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from training.anchor_fit import AnchorFit
 from training.evaluate import ApReport
-from training.watch import ShownPicture
+from training.report.anchor_fit import AnchorFit
+from training.report.validation import ShownPicture
 
 Entry = Mapping[str, Any]
 """A line of metrics.jsonl."""

@@ -13,9 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from training.anchor_fit import AnchorFit
 from training.evaluate import ApReport
-from training.plots import (
+from training.report.anchor_fit import AnchorFit
+from training.report.plots import (
     FOUND,
     MISSED,
     SHOWN_SCORE,
@@ -26,7 +26,7 @@ from training.plots import (
     precision_recall,
     training_curves,
 )
-from training.watch import Seen
+from training.report.validation import Seen
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.anchor_fit import fit_anchors
 from training.coco import CocoDataSet
 from training.config import TrainConfig, to_dict
-from training.report import Report
-from training.scalars import Scalars
-from training.watch import Seen
+from training.report.anchor_fit import fit_anchors
+from training.report.page import Report
+from training.report.tensorboard import Scalars
+from training.report.validation import Seen
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What the rows of `training.article` say about the article's claims: a page in the article's order, with plots.
+"""What the rows of `training.ablations.runs` say about the article's claims: a page in the article's order, with plots.
 
 Writes ARTICLE.md and figures/*.png into a folder, and OUT/log.md, a table for the log of runs. Every figure comes from
 OUT/results.jsonl, the rows' run folders, or the loss itself. Whether a claim shows is decided here by its comparison,
@@ -16,12 +16,12 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
 import torch
 
-from training.article import FIGURES, ROWS, Result, read_losses, read_results
+from training.ablations.loss_shares import cumulative_share, examples, loss_of_each, share_of_hardest
+from training.ablations.runs import FIGURES, ROWS, Result, read_losses, read_results
 from training.checkpoint import build_detector, load_checkpoint
 from training.coco import CocoDataSet
 from training.config import PRESETS
 from training.focal import focal_loss_sum
-from training.hardness import cumulative_share, examples, loss_of_each, share_of_hardest
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 SHARES_OF = 50

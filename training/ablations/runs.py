@@ -3,7 +3,7 @@
 Every row is the `article` preset with some values changed. It is trained in its own run folder, evaluated, and its
 result appended to OUT/results.jsonl, so a run that is stopped goes on where it stopped: finished rows are skipped, the
 one under way resumes. At the end (and whenever the command is repeated) the page is written from what there is; what
-was not run is said to be not run. The rows are the list ROWS; which of them a claim compares, `training.article_page`
+was not run is said to be not run. The rows are the list ROWS; which of them a claim compares, `training.ablations.page`
 says.
 """
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from model.types import Pixels
 from training import scenery, shapes
-from training.shapes import SHAPES, Shape
+from training.demo.shapes import SHAPES, Shape
 
 LABELS = tuple(SHAPES)
 """Category id 1 first."""

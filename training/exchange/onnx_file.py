@@ -30,7 +30,7 @@ from model.retinanet import HeadLayer
 from model.types import Candidates, CanvasImage
 from training.checkpoint import Checkpoint, build_detector
 from training.coco import CocoDataSet
-from training.quantise import Fp32Layers, quantise
+from training.exchange.int8 import Fp32Layers, quantise
 
 log = logging.getLogger(__name__)
 OPSET = 18
@@ -60,7 +60,7 @@ class Calibration:
     num_images: int = 100
     fp32_layers: Fp32Layers = "boxes"
     reduce_range: bool = False
-    """Weights of 7 bits: exact without VNNI too, see training/quantise.py."""
+    """Weights of 7 bits: exact without VNNI too, see training/exchange/int8.py."""
 
     def canvases(self, resize: ResizePolicy) -> Iterator[CanvasImage]:
         """Pictures from all over the data set."""

@@ -1,0 +1,1 @@
+"""Pictures out of a seed: the demo data set, drawn."""

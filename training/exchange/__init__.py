@@ -1,0 +1,1 @@
+"""Weights in and out: torchvision's, other checkpoints', ONNX files."""

@@ -1,0 +1,1 @@
+"""To look at a run: its figures, its validation, its page."""
