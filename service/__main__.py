@@ -21,14 +21,14 @@ import uvicorn
 
 from model.detector import RUNS_AT_ONCE, Detector, available_cores
 from service import detect
-from service.app import Service, create_app
+from service.api.app import Service, create_app
+from service.api.connections import DeadlineProtocol
 from service.config import PROGRAM, Settings, parse_settings
-from service.connections import DeadlineProtocol
-from service.engine import Engine
+from service.core.engine import Engine
+from service.core.store import ModelStore
 from service.gpu import sample_gpus
 from service.logs import start_logging
 from service.metrics import Metrics, program_version
-from service.store import ModelStore
 
 logger = logging.getLogger("service")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 
 from service import __main__ as program
-from service import app, uploads
+from service.api import app, uploads
 
 kept: list[bytes] = []
 LEAKS: dict[str, Callable[[], object]] = {

@@ -26,11 +26,11 @@ from model.detector import Detector
 from model.metadata import AnchorConfig, Label, ModelMetadata, ResizePolicy
 from model.types import Candidates, CanvasImage
 from service.__main__ import Server, uvicorn_config
-from service.app import Service
+from service.api.app import Service
 from service.config import Settings
-from service.engine import Engine
+from service.core.engine import Engine
+from service.core.store import ModelStore
 from service.metrics import Metrics
-from service.store import ModelStore
 from tests.tiny_model import write_tiny_model
 
 START_SECONDS = 30

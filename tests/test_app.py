@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from model.detector import Detector
-from service.app import picture_wanted
-from service.errors import KINDS
-from service.schemas import Answer, BatchAnswer, DetectQuery, ModelCard, Problem, Status
+from service.api.app import picture_wanted
+from service.api.errors import KINDS
+from service.api.schemas import Answer, BatchAnswer, DetectQuery, ModelCard, Problem, Status
 from tests.serving import FakeDetector, Serving, picture, serving
 from tests.tiny_model import write_tiny_model
 

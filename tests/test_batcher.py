@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.batcher import Batcher, QueueFull
+from service.core.batcher import Batcher, QueueFull
 from tests.serving import wait_until
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.errors import OUTCOMES
+from service.api.errors import OUTCOMES
 from tests.faulty_models import write_slow_model
 from tests.load import PNG, Reply, Scrape, ask, blocks, connected, request_head
 from tests.serving import ServerProcess, server_process, wait_until

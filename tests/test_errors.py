@@ -4,12 +4,12 @@ import pytest
 
 from model.detector import InferenceFailed
 from model.image import InvalidImage, TooManyPixels
-from service.batcher import QueueFull
-from service.errors import CODES, KINDS, OUTCOMES, Unauthorized, code_of, headers_of, problem_of
+from service.api.errors import CODES, KINDS, OUTCOMES, Unauthorized, code_of, headers_of, problem_of
+from service.api.schemas import Problem
+from service.api.uploads import UploadsBusy
+from service.core.batcher import QueueFull
+from service.core.store import NotReady
 from service.metrics import OUTCOMES as METRIC_OUTCOMES
-from service.schemas import Problem
-from service.store import NotReady
-from service.uploads import UploadsBusy
 
 CONTRACT = {
     "malformed_request": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "upload_timeout": 408,

@@ -68,8 +68,8 @@ sys.meta_path.insert(0, Absent())
 import numpy
 import service
 from model.detector import Detector
-for module in pkgutil.iter_modules(service.__path__):
-    importlib.import_module(f"service.{{module.name}}")
+for module in pkgutil.walk_packages(service.__path__, "service."):
+    importlib.import_module(module.name)
 print(len(Detector(pathlib.Path(sys.argv[1])).detect(numpy.full((60, 80, 3), 128, "uint8"), score_threshold=0)))
 """
 

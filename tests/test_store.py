@@ -11,8 +11,8 @@ import pytest
 
 from model.detector import DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
+from service.core.store import ModelStore, NotReady
 from service.metrics import Metrics
-from service.store import ModelStore, NotReady
 from tests.serving import FakeDetector, wait_until
 
 

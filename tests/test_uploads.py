@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from service.connections import DeadlineProtocol
-from service.uploads import MultipartImages
+from service.api.connections import DeadlineProtocol
+from service.api.uploads import MultipartImages
 from tests.serving import FakeDetector, Serving, picture, serving, wait_until
 
 HEAD = b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"

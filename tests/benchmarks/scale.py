@@ -27,9 +27,9 @@ from pydantic_core import to_json
 from model.detector import PRETRAINED, Detector, available_cores
 from model.image import decode_image, to_canvas
 from model.types import Candidates, CanvasImage
-from service.engine import Detected, Options, Stopwatch, conclude
-from service.schemas import answer
-from service.store import LoadedModel
+from service.api.schemas import answer
+from service.core.engine import Detected, Options, Stopwatch, conclude
+from service.core.store import LoadedModel
 from tests.benchmarks.compare import closed_loop, raw
 from tests.benchmarks.measuring import (
     PLOTS,

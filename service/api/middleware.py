@@ -19,10 +19,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.engine import Stopwatch
-from service.errors import OUTCOMES, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
+from service.api.errors import OUTCOMES, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
+from service.api.schemas import encode
+from service.core.engine import Stopwatch
 from service.metrics import UNMATCHED, Metrics
-from service.schemas import encode
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive
 
 from model.image import decode_image
-from service.config import Settings
-from service.drawing import PictureFormat, draw, encode_picture
-from service.engine import DeadlineExceeded, Detected, Engine, Finish, Job, Options
-from service.errors import CODES, KINDS, PROBLEM_MEDIA_TYPE, InvalidParameter, problem, problem_of
-from service.metrics import METHODS, OTHER_METHOD, UNMATCHED, Metrics, program_version
-from service.middleware import Linger, Observe, RequireKey, Shed, problem_response, record_of
-from service.openapi import (
+from service.api.errors import CODES, KINDS, PROBLEM_MEDIA_TYPE, InvalidParameter, problem, problem_of
+from service.api.middleware import Linger, Observe, RequireKey, Shed, problem_response, record_of
+from service.api.openapi import (
     BATCH_BODY,
     EVERYWHERE,
     MAX_BATCH_IMAGES,
@@ -40,7 +36,7 @@ from service.openapi import (
     UPLOAD,
     problems,
 )
-from service.schemas import (
+from service.api.schemas import (
     Answer,
     BatchAnswer,
     DetectQuery,
@@ -52,8 +48,12 @@ from service.schemas import (
     model_card,
     timing_ms,
 )
-from service.store import LoadedModel, ModelStore, NotReady
-from service.uploads import ClientGone, Uploads
+from service.api.uploads import ClientGone, Uploads
+from service.config import Settings
+from service.core.engine import DeadlineExceeded, Detected, Engine, Finish, Job, Options
+from service.core.store import LoadedModel, ModelStore, NotReady
+from service.drawing import PictureFormat, draw, encode_picture
+from service.metrics import METHODS, OTHER_METHOD, UNMATCHED, Metrics, program_version
 
 SHOWN_LABELS = 20
 

@@ -12,9 +12,9 @@ from pydantic.config import JsonDict
 from pydantic_core import to_json
 
 from model.metadata import AnchorConfig
-from service.engine import Detected
+from service.core.engine import Detected
+from service.core.store import LoadedModel
 from service.metrics import STAGES
-from service.store import LoadedModel
 
 BOX_DECIMALS = 3
 SCORE_DECIMALS = 6

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from service.errors import KINDS, PROBLEM_MEDIA_TYPE, problem
-from service.schemas import DetectQuery
+from service.api.errors import KINDS, PROBLEM_MEDIA_TYPE, problem
+from service.api.schemas import DetectQuery
 
 MAX_BATCH_IMAGES = 16
 

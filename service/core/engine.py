@@ -26,9 +26,9 @@ from model.detector import InferenceFailed
 from model.image import decode_image, to_canvas, to_original
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
-from service.batcher import Batcher
+from service.core.batcher import Batcher
+from service.core.store import LoadedModel, ModelStore
 from service.metrics import Metrics
-from service.store import LoadedModel, ModelStore
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,7 @@ from typing import Any
 
 from model.detector import InferenceFailed
 from model.image import InvalidImage, TooManyPixels
-from service.batcher import QueueFull
-from service.engine import DeadlineExceeded
-from service.store import NotReady
-from service.uploads import (
+from service.api.uploads import (
     BodyTooLarge,
     ClientGone,
     MalformedRequest,
@@ -27,6 +24,9 @@ from service.uploads import (
     UploadsBusy,
     UploadTimeout,
 )
+from service.core.batcher import QueueFull
+from service.core.engine import DeadlineExceeded
+from service.core.store import NotReady
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 

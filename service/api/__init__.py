@@ -1,0 +1,1 @@
+"""Bytes and JSON: HTTP in, HTTP out."""

@@ -1,0 +1,1 @@
+"""Images: admitted, decoded, run, finished. Knows no HTTP."""
