@@ -38,11 +38,10 @@ from model.sessions import (
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
 
-__all__ = ["PRETRAINED", "Detector", "Device", "DeviceUnavailable", "InferenceFailed", "available_cores"]
+__all__ = ["Detector", "Device", "DeviceUnavailable", "InferenceFailed", "available_cores"]
 
 Device = Literal["auto", "cpu", "cuda"]
 FailureKind = Literal["oom", "cuda", "other"]
-PRETRAINED = Path(__file__).parent / "pretrained" / "shapes.onnx"
 DEFAULT_GPU_MEMORY_BYTES = 12 * 2**30
 """Leaves a card of 16 GiB some air."""
 COMMON_SIZES = ((1200, 1200), (1200, 1600), (1600, 1200), (1200, 1800), (1800, 1200), (1080, 1920), (1920, 1080))

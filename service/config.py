@@ -15,9 +15,9 @@ from typing import Annotated, Literal, NoReturn, Self
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from model.demo import demo_model
 from model.detector import Device
 from model.image import MAX_PIXELS
+from model.pretrained import demo_model
 
 ENV_PREFIX = "RETINASERVE_"
 PROGRAM = "python -m service"

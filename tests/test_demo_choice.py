@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.demo import demo_model
-from model.detector import PRETRAINED
+from model.pretrained import PRETRAINED, demo_model
 from model.sessions import has_cuda_build
 from service.config import Settings
 

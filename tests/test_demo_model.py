@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from model.detector import PRETRAINED, Detector
+from model.detector import Detector
+from model.pretrained import PRETRAINED
 from tests.networks import assert_agree
 from training.coco import load_coco
 from training.demo.draw import draw_data_set, draw_picture

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from model.backbones import FrozenNorm, NormedConv2d
+from model.folding import fold_norms
 from model.retinanet import HeadLayer, RetinaNetConfig
 from tests.networks import TINY, tiny_checkpoint
 from training.checkpoint import Checkpoint, build_detector
-from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export, fold_norms, to_onnx
+from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export, to_onnx
 
 NORMED = replace(TINY, head_norm="batch", head_convs=2)
 

@@ -7,7 +7,7 @@ import httpx
 import psutil
 import pytest
 
-from model.detector import PRETRAINED
+from model.pretrained import PRETRAINED
 from tests.serving import server_process
 
 pytestmark = pytest.mark.slow

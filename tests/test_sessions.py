@@ -14,8 +14,8 @@ import psutil
 import pytest
 from tiny_model import SMALL, write_tiny_model
 
-from model.detector import PRETRAINED
 from model.image import to_canvas
+from model.pretrained import PRETRAINED
 from model.sessions import (
     BYTES_PER_PIXEL,
     LANES,

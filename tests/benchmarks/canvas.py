@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from model.detector import PRETRAINED, Detector
+from model.detector import Detector
 from model.image import resized_size, to_canvas, to_original
+from model.pretrained import PRETRAINED
 from model.suppress import suppress
 from model.types import CanvasImage, Detections, Pixels
 from training.coco import CocoDataSet, load_coco

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.detector import PRETRAINED, available_cores
+from model.detector import available_cores
+from model.pretrained import PRETRAINED
 from tests.benchmarks.measuring import (
     InstallFailed,
     add_cache_flag,

@@ -28,7 +28,8 @@ import httpx
 import numpy as np
 from pydantic_core import to_json
 
-from model.detector import PRETRAINED, Detector, available_cores
+from model.detector import Detector, available_cores
+from model.pretrained import PRETRAINED
 from model.types import CanvasImage
 from service.api.schemas import answer
 from service.core.engine import Detected, Options, Stopwatch, conclude

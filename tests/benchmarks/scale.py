@@ -24,8 +24,9 @@ import httpx
 import numpy as np
 from pydantic_core import to_json
 
-from model.detector import PRETRAINED, Detector, available_cores
+from model.detector import Detector, available_cores
 from model.image import decode_image, to_canvas
+from model.pretrained import PRETRAINED
 from model.types import Candidates, CanvasImage
 from service.api.schemas import answer
 from service.core.engine import Detected, Options, Stopwatch, conclude

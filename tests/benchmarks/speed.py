@@ -16,9 +16,10 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from model.detector import PRETRAINED, Detector
+from model.detector import Detector
 from model.image import decode_image, to_canvas
 from model.metadata import ResizePolicy
+from model.pretrained import PRETRAINED
 from model.suppress import suppress
 from tests.benchmarks.measuring import (
     bare_session,

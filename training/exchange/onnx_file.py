@@ -19,14 +19,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
-from model.backbones import NormedConv2d
 from model.candidates import CandidateDetector
+from model.folding import fold_norms
 from model.image import to_canvas
 from model.metadata import ModelMetadata, Precision, ResizePolicy
-from model.retinanet import HeadLayer
 from model.types import Candidates, CanvasImage
 from training.checkpoint import Checkpoint, build_detector
 from training.coco import CocoDataSet
@@ -109,49 +107,6 @@ def export(
         temporary.unlink(missing_ok=True)
     log.info("%s: %s, %.1f MB", out, precision, out.stat().st_size / 1e6)
     return metadata
-
-
-class LevelConvs(nn.Sequential):
-    """What a HeadLayer with batch norms answers, by a convolution for each level and a ReLU."""
-
-    def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        convs, relu = self
-        return [relu(conv(level)) for conv, level in zip(convs, levels, strict=True)]  # type: ignore[call-overload]
-
-
-def fold_norms(detector: CandidateDetector) -> CandidateDetector:
-    """A copy whose convolutions hold the backbone's frozen norms and the head's batch norms, the head's one convolution
-    for each level, equal to float noise.
-
-    The exporter folds a norm only into a convolution that nothing else uses. Left as they are, the norms of shared
-    convolutions would be a multiplication and an addition over every map, and keep int8 from one kernel for
-    convolution and ReLU. It costs the head's weights once for each level.
-    """
-    detector = copy.deepcopy(detector)
-    for parent in list(detector.modules()):
-        for name, conv in list(parent.named_children()):
-            if isinstance(conv, NormedConv2d):
-                setattr(parent, name, plain_conv(conv))
-    heads = detector.network.head
-    for subnet in (heads.classification_head.conv, heads.regression_head.conv):
-        for position, layer in enumerate(subnet):
-            assert isinstance(layer, HeadLayer)
-            conv, *norm, relu = layer
-            if norm and isinstance(norm[0], nn.ModuleList):
-                fused = [fuse_conv_bn_eval(conv, each) for each in norm[0]]  # type: ignore[arg-type, type-var]
-                subnet[position] = LevelConvs(nn.ModuleList(fused), relu)
-    return detector
-
-
-@torch.no_grad()
-def plain_conv(conv: NormedConv2d) -> nn.Conv2d:
-    """Does the same, with weights and bias of its own."""
-    weight, bias = conv.weight_and_bias()
-    plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups  # type: ignore[arg-type]
-    )  # fmt: skip
-    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return plain
 
 
 def half_network(detector: CandidateDetector) -> CandidateDetector:
