@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from model.types import Candidates, Detections
 
-# The serialised model (opset 18) whose text is this; tests/test_suppress.py holds the two together:
+# The serialised model (opset 18) whose text is this; tests/model/test_suppress.py holds the two together:
 # nms (float[1,n,4] boxes, float[1,c,n] scores, int64 limit, float threshold, float floor) => (int64[k,3] kept) {
 #     kept = NonMaxSuppression (boxes, scores, limit, threshold, floor)
 # }

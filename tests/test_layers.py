@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_model import write_tiny_model
+
+from tests.support.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "service", "training")

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from service.config import Settings, flag
-from tests.serving import server_process
+from tests.support.serving import server_process
 from training.__main__ import main
 
 ROOT = Path(__file__).parent.parent

@@ -41,7 +41,7 @@ from tests.benchmarks.measuring import (
     table,
 )
 from tests.benchmarks.service import Connection
-from tests.load import free_ports
+from tests.support.load import free_ports
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120

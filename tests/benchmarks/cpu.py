@@ -52,8 +52,8 @@ from tests.benchmarks.measuring import (
     start_to_ready,
     table,
 )
-from tests.load import Footprint
-from tests.serving import ServerProcess, server_process
+from tests.support.load import Footprint
+from tests.support.serving import ServerProcess, server_process
 
 OPENVINO = ("openvino==2026.4.1", "numpy==2.4.6")
 CLIENTS = 8

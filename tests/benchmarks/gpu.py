@@ -61,8 +61,8 @@ from model.sessions import (
 )
 from model.types import CanvasImage
 from tests.benchmarks.speed import photo
-from tests.load import address
-from tests.serving import server_process, wait_until
+from tests.support.load import address
+from tests.support.serving import server_process, wait_until
 
 MEMORY_LIMIT_BYTES = 2**40
 """None, that is: what does not fit fails, and its row says so."""
@@ -288,7 +288,7 @@ def models(plan: Plan, folder: Path) -> None:
 def random_checkpoint(plan: Plan) -> Any:
     """The same weights each time: they come from a seed."""
     from model.retinanet import RetinaNetConfig
-    from tests.networks import tiny_checkpoint
+    from tests.support.networks import tiny_checkpoint
 
     if plan.quick:
         return tiny_checkpoint(resize=plan.resize)

@@ -27,7 +27,7 @@ from model.detector import available_cores
 from model.image import decode_image, to_canvas
 from model.metadata import ResizePolicy
 from model.types import Candidates
-from tests.serving import server_process
+from tests.support.serving import server_process
 
 Action = Callable[[], object]
 JPEG = {"Content-Type": "image/jpeg"}
@@ -139,7 +139,7 @@ def add_cache_flag(parser: argparse.ArgumentParser) -> None:
 def resnet50(folder: Path) -> Path:
     """torchvision's v2 layout with random weights that detect, 91 classes, shorter side 800. Beside it the checkpoint,
     `resnet50.pt`."""
-    from tests.networks import tiny_checkpoint
+    from tests.support.networks import tiny_checkpoint
     from training.checkpoint import save_checkpoint
     from training.exchange.onnx_file import export
     from training.exchange.torchvision import ARCHITECTURES

@@ -43,9 +43,9 @@ from tests.benchmarks.measuring import (
     post,
     table,
 )
-from tests.load import Footprint
-from tests.serving import server_process
-from tests.tiny_model import write_tiny_model
+from tests.support.load import Footprint
+from tests.support.serving import server_process
+from tests.support.tiny_model import write_tiny_model
 
 MIB = 1024**2
 LONGEST_SIDES = (160, 320, 640, 1280, 2560, 5120, 8000)
@@ -176,7 +176,7 @@ def session_memory(model: Path, inputs: dict[str, Any]) -> str:
 
 def classes(rounds: int, cache: Path) -> Iterator[Curve]:
     """A small network with ever more columns; the last convolution alone grows, and selection with it."""
-    from tests.networks import tiny_checkpoint
+    from tests.support.networks import tiny_checkpoint
     from training.exchange.onnx_file import export
 
     files = []

@@ -31,9 +31,9 @@ import uvloop
 from model.detector import Detector
 from model.image import decode_image, to_canvas
 from tests.benchmarks.measuring import machine
-from tests.faulty_models import write_slow_model
-from tests.load import address, ask, blocks, free_ports, listens, request_head
-from tests.serving import server_process, wait_until
+from tests.support.faulty_models import write_slow_model
+from tests.support.load import address, ask, blocks, free_ports, listens, request_head
+from tests.support.serving import server_process, wait_until
 
 CLIENTS = (1, 8, 64)
 INFERENCE_SECONDS = 0.005

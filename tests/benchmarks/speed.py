@@ -31,7 +31,7 @@ from tests.benchmarks.measuring import (
     post,
     start_to_ready,
 )
-from tests.serving import server_process
+from tests.support.serving import server_process
 
 
 def pillow_decode_and_resize(data: bytes, size: tuple[int, int]) -> object:

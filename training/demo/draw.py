@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.types import Pixels
-from training import scenery, shapes
+from training.demo import scenery, shapes
 from training.demo.shapes import SHAPES, Shape
 
 LABELS = tuple(SHAPES)

@@ -1,0 +1,56 @@
+"""The alerts and recording rules: promtool runs their cases; each alert has a case and a runbook entry."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).parents[2] / "docker" / "prometheus"
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt install prometheus)"
+)
+
+
+def promtool(*arguments: str) -> None:
+    """Run promtool beside the rules; its report is the failure's message."""
+    result = subprocess.run(["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def rules(kind: str) -> list[dict[str, object]]:
+    groups = yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if kind in rule]
+
+
+@needs_promtool
+def test_prometheus_accepts_the_configuration_and_the_rules() -> None:
+    promtool("check", "config", "prometheus.yml")
+
+
+@needs_promtool
+def test_every_alert_fires_when_it_should_and_only_then() -> None:
+    promtool("test", "rules", "rules_test.yml")
+
+
+def test_every_alert_has_a_case_where_it_fires() -> None:
+    tests = yaml.safe_load((FOLDER / "rules_test.yml").read_text())["tests"]
+    cases = [case for test in tests for case in test.get("alert_rule_test", [])]
+    firing = {case["alertname"] for case in cases if case["exp_alerts"]}
+    assert firing == {rule["alert"] for rule in rules("alert")}
+
+
+def test_every_alert_says_how_urgent_it_is_and_leads_to_its_runbook() -> None:
+    headings = re.findall(r"^## (Retinaserve\w+)$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
+    alerts = rules("alert")
+    assert headings == [alert["alert"] for alert in alerts]
+    for alert in alerts:
+        assert alert["labels"]["severity"] in {"page", "ticket"}  # type: ignore[index]
+        assert alert["annotations"]["runbook"] == f"docker/prometheus/README.md#{str(alert['alert']).lower()}"  # type: ignore[index]
+
+
+def test_recorded_names_say_level_metric_and_window() -> None:
+    for rule in rules("record"):
+        assert re.fullmatch(r"(job|instance|outcome|stage):retinaserve_\w+:\w+", str(rule["record"]))

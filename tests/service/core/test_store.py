@@ -1,0 +1,225 @@
+"""The model's life: loaded, swapped, refused, watched; with detectors made by hand."""
+
+import gc
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from model.detector import DeviceUnavailable, InferenceFailed
+from model.metadata import InvalidModel
+from service.core.store import ModelStore, NotReady
+from service.metrics import Metrics
+from tests.support.serving import FakeDetector, wait_until
+
+
+@dataclass
+class Opener:
+    """Opens a file that holds the model's name; a name "bad…" is refused."""
+
+    opened: list[str] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+
+    def __call__(self, path: Path) -> FakeDetector:
+        if self.errors:
+            raise self.errors.pop()
+        name = path.read_text()
+        self.opened.append(name)
+        if name.startswith("bad"):
+            raise InvalidModel(f"{name} is not a model")
+        return FakeDetector(name, sha256=name * 8)
+
+
+def make_store(path: Path, opener: Callable[[Path], FakeDetector], **options: object) -> tuple[ModelStore, Metrics]:
+    metrics = Metrics()
+    return ModelStore(path, opener, metrics, **options), metrics  # type: ignore[arg-type]
+
+
+def reloads(metrics: Metrics) -> tuple[float | None, float | None]:
+    name = "retinaserve_model_reloads_total"
+    values = [metrics.registry.get_sample_value(name, {"outcome": outcome}) for outcome in ("success", "failure")]
+    return values[0], values[1]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_text("first")
+    return path
+
+
+def replace(path: Path, text: str) -> None:
+    """A new file under the old name, as a careful roll-out does it."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def test_before_the_first_load_nothing_serves(path: Path) -> None:
+    store, _ = make_store(path, Opener())
+    with pytest.raises(NotReady, match="being loaded"):
+        store.serving()
+
+
+def test_a_loaded_model_serves_and_is_named_in_the_metrics(path: Path) -> None:
+    store, metrics = make_store(path, Opener())
+    store.load()
+    model = store.serving()
+    assert (model.name, model.label_names, model.label_ids) == (
+        "first",
+        {1: "circle", 2: "square"},
+        {"circle": 1, "square": 2},
+    )
+    info = {
+        "name": "first",
+        "sha256": "first" * 8,
+        "precision": "fp32",
+        "provider": "CPUExecutionProvider",
+        "input": "64/128",
+    }
+    assert metrics.registry.get_sample_value("retinaserve_model_info", info) == 1
+
+
+def test_a_reload_swaps_the_model_and_who_holds_the_old_one_keeps_it(path: Path) -> None:
+    store, metrics = make_store(path, Opener())
+    store.load()
+    held = store.serving()
+    replace(path, "second")
+    assert store.reload()
+    assert (held.name, store.serving().name) == ("first", "second")
+    assert reloads(metrics) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InvalidModel("x"), DeviceUnavailable("x"), InferenceFailed("x"), FileNotFoundError("x"), MemoryError("x")],
+)
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one_serving(path: Path, error: Exception) -> None:
+    opener = Opener()
+    store, metrics = make_store(path, opener)
+    store.load()
+    opener.errors.append(error)
+    assert not store.reload()
+    assert store.serving().name == "first"
+    assert reloads(metrics) == (0, 1)
+
+
+def test_a_model_that_fails_its_warm_up_is_not_swapped_in(path: Path) -> None:
+    class Cold(FakeDetector):
+        def warm_up(self, max_batch_size: int = 1) -> None:
+            raise InferenceFailed("made to fail")
+
+    models: list[FakeDetector] = [Cold("cold"), FakeDetector("warm")]
+    store, _ = make_store(path, lambda _: models.pop())
+    store.load()
+    assert not store.reload()
+    assert store.serving().name == "warm"
+
+
+def test_only_the_file_of_the_hash_asked_for_is_served(path: Path) -> None:
+    store, _ = make_store(path, Opener(), sha256="first" * 8)
+    store.load()
+    replace(path, "second")
+    assert not store.reload()
+    assert store.serving().name == "first"
+
+
+def test_a_changed_file_is_loaded_by_itself_and_a_bad_one_is_tried_once(path: Path) -> None:
+    opener = Opener()
+    store, metrics = make_store(path, opener, poll_seconds=0.02)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    replace(path, "second")
+    wait_until(lambda: store.serving().name == "second")
+    replace(path, "bad")
+    wait_until(lambda: reloads(metrics) == (1, 1))
+    for _ in range(3):
+        wait_until_polled(store)
+    assert reloads(metrics) == (1, 1)
+    path.unlink()
+    replace(path, "third")
+    wait_until(lambda: store.serving().name == "third")
+    store.close()
+    assert opener.opened == ["first", "second", "bad", "third"]
+
+
+def test_a_file_that_still_grows_is_left_alone(path: Path) -> None:
+    opener = Opener()
+    store, _ = make_store(path, opener, poll_seconds=0.1)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    with path.open("w") as slow:
+        for letter in "half":
+            slow.write(letter)
+            slow.flush()
+            os.utime(path, ns=(0, ord(letter)))  # as if the writes were farther apart than the clock's grain
+            wait_until_polled(store)
+        replace(path, "whole")
+    wait_until(lambda: store.serving().name == "whole")
+    store.close()
+    assert opener.opened == ["first", "whole"]
+
+
+def wait_until_polled(store: ModelStore) -> None:
+    store._wake.set()
+    wait_until(lambda: not store._wake.is_set())
+
+
+def test_asked_to_reload_it_does_so_even_if_nothing_changed(path: Path) -> None:
+    opener = Opener()
+    store, metrics = make_store(path, opener)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    store.ask_reload()
+    wait_until(lambda: reloads(metrics) == (1, 0))
+    store.close()
+    assert opener.opened == ["first", "first"]
+
+
+def test_a_first_load_that_fails_says_why(path: Path) -> None:
+    path.write_text("bad")
+    store, _ = make_store(path, Opener())
+    reasons: list[str] = []
+    store.start(reasons.append)
+    wait_until(lambda: reasons == ["bad is not a model"])
+    with pytest.raises(NotReady):
+        store.serving()
+
+
+def test_a_device_fault_ends_the_serving(path: Path) -> None:
+    store, _ = make_store(path, Opener())
+    store.load()
+    store.device_fault = "context lost"
+    with pytest.raises(NotReady, match="context lost"):
+        store.serving()
+
+
+def test_a_symbolic_link_that_is_pointed_elsewhere_counts_as_a_change(tmp_path: Path) -> None:
+    """As Kubernetes does it with mounted volumes."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    shutil.copystat(tmp_path / "first", tmp_path / "second")
+    link = tmp_path / "model.onnx"
+    link.symlink_to("first")
+    store, _ = make_store(link, Opener(), poll_seconds=0.02)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    (tmp_path / "new").symlink_to("second")
+    (tmp_path / "new").replace(link)
+    wait_until(lambda: store.serving().name == "second")
+    store.close()
+
+
+def test_what_the_first_load_leaves_is_not_searched_for_garbage_again(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("one")
+    store, _ = make_store(tmp_path / "model", Opener())
+    gc.unfreeze()
+    store.start(pytest.fail)
+    try:
+        wait_until(lambda: gc.get_freeze_count() > 0)
+    finally:
+        store.close()
+        gc.unfreeze()

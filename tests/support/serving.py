@@ -1,0 +1,222 @@
+"""Servers for tests: a real process on an .onnx file, or uvicorn in this process around a detector written by hand.
+
+with server_process(tmp_path, "--queue-capacity", "4") as server: httpx.get(server.url + "/readyz")
+with serving(FakeDetector(seconds=0.2), queue_capacity=4) as server: ...
+"""
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from model.detector import Detector
+from model.metadata import AnchorConfig, Label, ModelMetadata, ResizePolicy
+from model.types import Candidates, CanvasImage
+from service.__main__ import Server, uvicorn_config
+from service.api.app import Service
+from service.config import Settings
+from service.core.engine import Engine
+from service.core.store import ModelStore
+from service.metrics import Metrics
+from tests.support.tiny_model import write_tiny_model
+
+START_SECONDS = 30
+SMALL = ResizePolicy(shorter_side=64, longest_side=128, divisor=32)
+
+
+def picture(
+    width: int = 80, height: int = 64, colour: tuple[int, int, int] = (200, 30, 60), kind: str = "PNG"
+) -> bytes:
+    """An encoded picture of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@dataclass
+class FakeDetector:
+    """Finds one box over the whole picture, of label 1, that scores the picture's mean red. Slow or faulty if told."""
+
+    name: str = "fake"
+    seconds: float = 0.0
+    fault: Callable[[Sequence[CanvasImage]], None] = lambda canvases: None
+    """Called with each batch; raises to fail it."""
+    gate: threading.Event = field(default_factory=threading.Event)
+    """Runs wait while it is not set."""
+    batches: list[int] = field(default_factory=list)
+    labels: tuple[Label, ...] = (Label(1, "circle"), Label(2, "square"))
+    provider: str = "CPUExecutionProvider"
+    device_requested: str = "auto"
+    fell_back: bool = False
+    sha256: str = "0" * 64
+    beside_others: list[bool] = field(default_factory=list)
+    """Of each run, whether it was told to leave the others room."""
+    shares: bool = False
+    """A crowd's runs go side by side."""
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.metadata = ModelMetadata(self.name, self.labels, "none", resize=SMALL, anchors=AnchorConfig((20, 40)))
+
+    def warm_up(self, max_batch_size: int = 1) -> None:
+        pass
+
+    def shares_device(self, crowded: bool) -> bool:
+        return crowded and self.shares
+
+    def run(self, canvases: Sequence[CanvasImage], *, beside_others: bool = False) -> list[Candidates]:
+        self.beside_others.append(beside_others)
+        self.gate.wait()
+        time.sleep(self.seconds)
+        self.batches.append(len(canvases))
+        self.fault(canvases)
+        return [self._candidates(canvas) for canvas in canvases]
+
+    def _candidates(self, canvas: CanvasImage) -> Candidates:
+        height, width = canvas.size
+        score = canvas.pixels[:height, :width, 0].mean() / 255
+        boxes = np.array([[0, 0, width, height], [0, 0, 0, 0]], np.float32)
+        return Candidates(boxes, np.array([score, -1], np.float32), np.array([1, 0], np.int64))
+
+
+@dataclass
+class Serving:
+    url: str
+    service: Service
+    detector: FakeDetector | Detector
+    client: httpx.Client
+    """Knows the URL; one for all threads (making one takes 0.1 s)."""
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample's value; fails where there is no such series."""
+        value = self.service.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, f"no series {name}{labels}"
+        return value
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        wait_until(condition)
+
+
+@contextlib.contextmanager
+def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[Serving]:
+    """uvicorn on a free port of this process, around a detector of yours."""
+    given = {"port": 0, "model": Path("fake.onnx"), "model_poll_seconds": 0} | settings
+    values = Settings(**given)  # type: ignore[arg-type]
+    metrics = Metrics()
+    store = ModelStore(values.model_file, lambda path: detector, metrics, max_batch_size=values.max_batch_size)  # type: ignore[arg-type, return-value]
+    engine = Engine(
+        store,
+        metrics,
+        queue_capacity=values.queue_capacity,
+        max_batch_delay_seconds=values.max_batch_delay_seconds,
+        runs_at_once=values.runs_at_once or 1,
+        decode_threads=2,
+        max_image_pixels=values.max_image_pixels,
+    )
+    service = Service(values, store, engine, metrics)
+    store.load()
+    engine.start()
+    config = uvicorn_config(service, values)
+    config.host, config.port = "127.0.0.1", 0
+    server = Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None), verify=False) as client:
+            yield Serving(url, service, detector, client)
+    finally:
+        if isinstance(detector, FakeDetector):
+            detector.gate.set()
+        server.should_exit = True
+        thread.join(START_SECONDS)
+        assert not thread.is_alive()
+        assert engine.close()
+
+
+@dataclass
+class ServerProcess:
+    url: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    model_path: Path
+
+    def log(self) -> list[dict[str, object]]:
+        """The JSON lines so far."""
+        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+
+
+@contextlib.contextmanager
+def server_process(
+    folder: Path,
+    *flags: str,
+    model_path: Path | None = None,
+    ready: bool = True,
+    environment: dict[str, str] | None = None,
+    program: Sequence[str] = ("-m", "service"),
+) -> Iterator[ServerProcess]:
+    """`python -m service` on a free port, on a tiny model unless another is given. Killed at the end."""
+    if model_path is None:
+        model_path = folder / "tiny.onnx"
+        write_tiny_model(model_path)
+    log_path = Path(tempfile.mkstemp(".log", dir=folder)[1])
+    command = [
+        sys.executable,
+        *program,
+        "--model",
+        str(model_path),
+        "--port",
+        "0",
+        "--log-format",
+        "json",
+        *flags,
+    ]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}))
+    server = ServerProcess("", process, log_path, model_path)
+    try:
+        wait_until(lambda: process.poll() is not None or bool(_url(server)))
+        assert process.poll() is None, log_path.read_text()
+        server.url = _url(server)
+        if ready:
+            wait_until(lambda: process.poll() is not None or _is_ready(server.url))
+            assert process.poll() is None, log_path.read_text()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def _url(server: ServerProcess) -> str:
+    prefix = "listening on "
+    messages = (str(line["message"]) for line in server.log())
+    return next((message.removeprefix(prefix) for message in messages if message.startswith(prefix)), "")
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(url + "/readyz", verify=False).status_code == 200
+    except httpx.TransportError:
+        return False
