@@ -6,6 +6,7 @@ The file is read once: what `sha256` names is what runs. CUDA is never left sile
 `fell_back`), and not when a run fails.
 """
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -58,6 +59,13 @@ CONTRACT = (
 logger = logging.getLogger(__name__)
 
 
+class Lane:
+    """A permit for one run: `Detector.free_lane` gives it, the run with it ends it."""
+
+    def __init__(self, *, shared: bool) -> None:
+        self.shared = shared
+
+
 class InferenceFailed(RuntimeError):
     """A run raised, or answered with numbers that are not finite."""
 
@@ -107,7 +115,7 @@ class Detector:
         runs_at_once: int | None = 1,
     ) -> None:
         """`threads` for one inference on the CPU [the cores available]; `gpu_memory_limit_bytes` [12 GiB] bounds an
-        estimate, see FixedShapes; `runs_at_once` side by side, see `shares_device` [None: 2, but on a CPU 1 for a file
+        estimate, see FixedShapes; `runs_at_once` side by side, see `free_lane` [None: 2, but on a CPU 1 for a file
         over 64 MiB: a second session takes the weights' memory once more, for a gain of some percent]."""
         if device == "cuda" and not has_cuda_build():
             raise DeviceUnavailable("this ONNX Runtime is built without CUDA: install retinaserve[gpu] and no [cpu]")
@@ -125,6 +133,8 @@ class Detector:
         if device != "cpu" and has_cuda_build():
             self._move_to_cuda(model, gpu_memory_limit_bytes or DEFAULT_GPU_MEMORY_BYTES)
         self._run_beside = self._open_beside(model, runs_at_once) if self.provider == CPU else None
+        self._lanes: list[Lane] = []
+        self.lanes = RUNS_AT_ONCE if self._run_beside is not None or self.provider == CUDA else 1
 
     def _open_beside(self, model: bytes, runs_at_once: int | None) -> AnyShape | None:
         """What runs of a crowd share on a CPU; None: they take turns."""
@@ -157,25 +167,34 @@ class Detector:
             self.provider, self._run_batch = CUDA, on_cuda
             self._for_short_runs = None
 
-    def run(self, canvases: Sequence[CanvasImage], *, beside_others: bool = False) -> list[Candidates]:
-        """One answer per canvas, in order; all canvases have one canvas_size. `beside_others`: see `shares_device`."""
+    def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
+        """A lane for a batch of `count` such canvases, taken; None: all are. `concurrent`: another run is under way, or
+        more wait than this batch takes."""
+        shared = self.provider == CUDA or (concurrent and self._run_beside is not None)
+        if self._lanes and not (shared and len(self._lanes) < self.lanes and all(lane.shared for lane in self._lanes)):
+            return None
+        self._lanes.append(Lane(shared=shared))
+        return self._lanes[-1]
+
+    def when_lane_freed(self, call: Callable[[], None]) -> None:
+        """`call` when a lane became free other than by the end of a run with it."""
+
+    def run(self, canvases: Sequence[CanvasImage], lane: Lane | None = None) -> list[Candidates]:
+        """One answer per canvas, in order; all canvases have one canvas_size. The lane is free when it returns."""
         assert len({canvas.canvas_size for canvas in canvases}) == 1, "a batch holds canvases of one size"
-        run_batch = self._run_beside if beside_others and self._run_beside is not None else self._run_batch
+        beside = self._run_beside if lane is not None and lane.shared else None
+        run_batch = beside or self._run_batch
         try:
             boxes, scores, labels = run_batch(canvases)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise InferenceFailed.because(error) from error
+        finally:
+            if lane is not None:
+                with contextlib.suppress(ValueError):  # warm-up's own
+                    self._lanes.remove(lane)
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
             raise InferenceFailed("the network's answer is not finite")
         return [Candidates(*row) for row in zip(boxes, scores, labels, strict=True)]
-
-    def shares_device(self, crowded: bool) -> bool:
-        """Whether a run should share the device with others, `crowded`: if there are any.
-
-        On CUDA always: the images of one are uploaded while another runs. On a CPU a run that is alone has all cores
-        and nothing else should run; of a crowd's, each has fewer, which wastes less of them.
-        """
-        return self.provider == CUDA or (crowded and self._run_beside is not None)
 
     def warm_up(self, max_batch_size: int = 1) -> None:
         """Run blank canvases, so that the first real picture finds plans made: on the CPU a small one, and a whole
@@ -203,7 +222,7 @@ class Detector:
             self._run_batch = AnyShape(self._for_short_runs())
             self.run([blank])
         if self._run_beside is not None:
-            self.run([_quarter(blank, self.metadata.resize)], beside_others=True)
+            self.run([_quarter(blank, self.metadata.resize)], Lane(shared=True))
         self._for_short_runs = None  # it holds the file's bytes
 
     def _seconds(self, canvas: CanvasImage) -> float:

@@ -50,7 +50,8 @@ from service.api.schemas import (
 )
 from service.api.uploads import ClientGone, Uploads
 from service.config import Settings
-from service.core.engine import DeadlineExceeded, Detected, Engine, Finish, Job, Options
+from service.core.engine import Engine
+from service.core.job import DeadlineExceeded, Detected, Finish, Job, Options
 from service.core.store import LoadedModel, ModelStore, NotReady
 from service.drawing import PictureFormat, draw, encode_picture
 from service.metrics import METHODS, OTHER_METHOD, UNMATCHED, Metrics, program_version
@@ -98,9 +99,9 @@ class Service:
     def why_not_alive(self) -> str | None:
         if self.store.device_fault is not None:
             return f"the device has failed: {self.store.device_fault}"
-        stuck_seconds = self.engine.batcher.run_seconds
-        if stuck_seconds > 2 * self._settings.request_timeout_seconds:
-            return f"one inference has been running for {stuck_seconds:.0f} s"
+        step, seconds = self.engine.line.oldest_step() or ("", 0)
+        if seconds > 2 * self._settings.request_timeout_seconds:
+            return f"one {step} has been under way for {seconds:.0f} s"
         return None
 
     def why_not_ready(self) -> str | None:
@@ -112,7 +113,7 @@ class Service:
 
     def refusal(self) -> Exception | None:
         """Why no image can be admitted now."""
-        return self.engine.batcher.refusal(1, self._settings.request_timeout_seconds)
+        return self.engine.refusal(1, self._settings.request_timeout_seconds)
 
     def thresholds(self, model: LoadedModel) -> Thresholds:
         """What holds where the query says nothing: the settings, then the model file."""
@@ -149,12 +150,11 @@ class Service:
         if picture_format is not None:
             finish = partial(
                 as_picture,
-                data=image,
                 max_pixels=self._settings.max_image_pixels,
                 picture_format=picture_format,
             )
         drawn = picture_format is not None
-        [reply] = await self._answers(request, [image], model, options, [finish], slow_finish=drawn)
+        [reply] = await self._answers(request, [image], model, options, finish, draws=drawn)
         if isinstance(reply, BaseException):
             raise reply
         self._note(request, [reply])
@@ -168,7 +168,7 @@ class Service:
         images = await self._receive(request, max_images=self.max_batch_images)
         request_id = record_of(request.scope).request_id
         finish: Finish = partial(as_json, request_id=request_id)
-        replies = await self._answers(request, images, model, options, [finish] * len(images))
+        replies = await self._answers(request, images, model, options, finish)
         self._note(request, [reply for reply in replies if isinstance(reply, Reply)])
         parts = [reply.body if isinstance(reply, Reply) else encode(problem_of(reply, request_id)) for reply in replies]
         return Response(b'{"results":[' + b",".join(parts) + b"]}", media_type="application/json")
@@ -187,16 +187,14 @@ class Service:
         images: Sequence[bytearray],
         model: LoadedModel,
         options: Options,
-        finish: Sequence[Finish],
+        finish: Finish,
         *,
-        slow_finish: bool = False,
+        draws: bool = False,
     ) -> list[Any]:
         """A Reply or an exception for each image. QueueFull, ClientGone."""
         timeout = self._settings.request_timeout_seconds
         watch = record_of(request.scope).watch
-        jobs = self.engine.submit(
-            images, model, options, finish, timeout_seconds=timeout, watch=watch, slow_finish=slow_finish
-        )
+        jobs = self.engine.submit(images, model, options, finish, timeout_seconds=timeout, watch=watch, draws=draws)
         return await answers_of(jobs, request.receive, timeout, self.engine.cancel)
 
     def _note(self, request: Request, replies: Sequence[Reply]) -> None:
@@ -259,12 +257,12 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def as_json(detected: Detected, *, request_id: str) -> Reply:
+def as_json(detected: Detected, data: bytearray, *, request_id: str) -> Reply:
     values = answer(detected, request_id)
     return Reply(encode(values), "application/json", values["timing_ms"], detected)
 
 
-def as_picture(detected: Detected, *, data: bytearray, max_pixels: int, picture_format: PictureFormat) -> Reply:
+def as_picture(detected: Detected, data: bytearray, *, max_pixels: int, picture_format: PictureFormat) -> Reply:
     """Decodes again: holding every upload's pixels for the few that want a drawing would cost more."""
     timing = timing_ms(detected)
     pixels = decode_image(bytes(data), max_pixels=max_pixels)

@@ -24,8 +24,8 @@ from service.api.uploads import (
     UploadsBusy,
     UploadTimeout,
 )
-from service.core.batcher import QueueFull
-from service.core.engine import DeadlineExceeded
+from service.core.job import DeadlineExceeded
+from service.core.line import QueueFull
 from service.core.store import NotReady
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"

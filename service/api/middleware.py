@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import OUTCOMES, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
 from service.api.schemas import encode
-from service.core.engine import Stopwatch
+from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pydantic.config import JsonDict
 from pydantic_core import to_json
 
 from model.metadata import AnchorConfig
-from service.core.engine import Detected
+from service.core.job import Detected
 from service.core.store import LoadedModel
 from service.metrics import STAGES
 

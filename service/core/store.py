@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
@@ -44,6 +45,15 @@ class LoadedModel:
     @property
     def name(self) -> str:
         return self.detector.metadata.name
+
+    @cached_property
+    def canvas_bytes(self) -> int:
+        """The most that the canvas of one picture takes."""
+        policy = self.detector.metadata.resize
+        shorter, longest = (
+            -(-side // policy.divisor) * policy.divisor for side in (policy.shorter_side, policy.longest_side)
+        )
+        return shorter * longest * 3
 
 
 class ModelStore:

@@ -32,7 +32,8 @@ from model.detector import Detector, available_cores
 from model.pretrained import PRETRAINED
 from model.types import CanvasImage
 from service.api.schemas import answer
-from service.core.engine import Detected, Options, Stopwatch, conclude
+from service.core import engine
+from service.core.job import Detected, Options, Stopwatch
 from service.core.store import LoadedModel
 from tests.benchmarks.compare import closed_loop, raw
 from tests.benchmarks.measuring import (
@@ -289,16 +290,16 @@ def postprocess(setting: Setting) -> list[Row]:
     names = {label.class_id: label.label for label in detector.metadata.labels}
     model = LoadedModel(detector, names, {name: label for label, name in names.items()}, 1)
     options = Options(score_threshold=0.05, nms_threshold=0.5, max_detections=300)
-    kept = conclude(found, canvas, options)
+    kept = engine.postprocess(found, canvas, options)
     assert len(kept) == 300, f"only {len(kept)} boxes: nothing is shown"
 
     def whole() -> bytes:
-        detections = conclude(found, canvas, options)
+        detections = engine.postprocess(found, canvas, options)
         return to_json(
             answer(Detected(detections, (960, 1280), model, Stopwatch()), "2f1d7e0c6a5b4c3d8e9f0a1b2c3d4e5f")
         )
 
-    [seconds, nms] = interleaved(100, whole, lambda: conclude(found, canvas, options))
+    [seconds, nms] = interleaved(100, whole, lambda: engine.postprocess(found, canvas, options))
     return [
         Row(
             f"threshold, NMS (these two {nms * 1e3:.2f} ms) and JSON of 300 boxes, 1,700 of 5,000 candidates pass",

@@ -29,7 +29,8 @@ from model.image import decode_image, to_canvas
 from model.pretrained import PRETRAINED
 from model.types import Candidates, CanvasImage
 from service.api.schemas import answer
-from service.core.engine import Detected, Options, Stopwatch, conclude
+from service.core.engine import postprocess
+from service.core.job import Detected, Options, Stopwatch
 from service.core.store import LoadedModel
 from tests.benchmarks.compare import closed_loop, raw
 from tests.benchmarks.measuring import (
@@ -221,11 +222,11 @@ def objects(rounds: int, cache: Path) -> Iterator[Curve]:
     options = Options(score_threshold=0.05, nms_threshold=0.5, max_detections=300)
 
     def whole(found: Candidates) -> bytes:
-        detections = conclude(found, canvas, options)
+        detections = postprocess(found, canvas, options)
         return to_json(answer(Detected(detections, canvas.original_size, model, Stopwatch()), "2f1d7e0c"))
 
     pictures = [objects_apart(count, min(names)) for count in OBJECTS]
-    found = [str(len(conclude(each, canvas, options))) for each in pictures]
+    found = [str(len(postprocess(each, canvas, options))) for each in pictures]
     seconds = interleaved(rounds * 10, *(lambda each=each: whole(each) for each in pictures))  # type: ignore[misc]
     yield Curve("objects", "objects in the picture", OBJECTS, "NMS and JSON", seconds, [("boxes in the answer", found)])
 

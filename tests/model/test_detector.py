@@ -308,12 +308,14 @@ def test_side_by_side_runs_answer_alike(tmp_path: Path) -> None:
     write_tiny_model(path := tmp_path / "tiny.onnx")
     detector = Detector(path, device="cpu", threads=2, runs_at_once=None)
     detector.warm_up()
-    assert detector.shares_device(crowded=True) and not detector.shares_device(crowded=False)
+    lanes = [detector.free_lane((64, 64), 1, concurrent=True) for _ in range(3)]
+    assert [lane is not None and lane.shared for lane in lanes] == [True, True, False]
+    assert lanes[2] is None
     assert detector._run_beside._session.get_session_options().intra_op_num_threads == 1  # type: ignore[union-attr]
     canvas = to_canvas(picture(), detector.metadata.resize)
     [alone] = detector.run([canvas])
     with ThreadPoolExecutor(2) as pool:
-        for [beside] in pool.map(lambda _: detector.run([canvas], beside_others=True), range(20)):
+        for [beside] in pool.map(lambda number: detector.run([canvas], lanes[number]), range(2)):
             np.testing.assert_allclose(beside.scores, alone.scores, atol=1e-6)
             np.testing.assert_allclose(beside.boxes, alone.boxes, atol=1e-4)
 
@@ -334,7 +336,8 @@ def test_a_second_session_opens_for_several_threads_and_runs_and_of_a_large_file
     if large:
         monkeypatch.setattr("model.detector.LARGE_MODEL_BYTES", path.stat().st_size - 1)
     detector = Detector(path, device="cpu", threads=threads, runs_at_once=runs_at_once)
-    assert detector.shares_device(crowded=True) == shares
+    lane = detector.free_lane((64, 64), 1, concurrent=True)
+    assert lane is not None and lane.shared == shares
 
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(1.0, [(384, 544)]), (0.1, [(384, 544), (800, 1088), (800, 1088)])])

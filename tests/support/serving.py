@@ -62,34 +62,58 @@ class FakeDetector:
     device_requested: str = "auto"
     fell_back: bool = False
     sha256: str = "0" * 64
-    beside_others: list[bool] = field(default_factory=list)
-    """Of each run, whether it was told to leave the others room."""
-    shares: bool = False
-    """A crowd's runs go side by side."""
+    lanes: int = 1
+    """Of them shared ones under concurrent load, as on a CPU, where there are several."""
+    shared: list[bool] = field(default_factory=list)
+    """Of each run, whether its lane was a shared one."""
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.taken: list[FakeLane] = []
+        self.lane_freed: Callable[[], None] = lambda: None
         self.metadata = ModelMetadata(self.name, self.labels, "none", resize=SMALL, anchors=AnchorConfig((20, 40)))
 
     def warm_up(self, max_batch_size: int = 1) -> None:
         pass
 
-    def shares_device(self, crowded: bool) -> bool:
-        return crowded and self.shares
+    def when_lane_freed(self, call: Callable[[], None]) -> None:
+        self.lane_freed = call
 
-    def run(self, canvases: Sequence[CanvasImage], *, beside_others: bool = False) -> list[Candidates]:
-        self.beside_others.append(beside_others)
-        self.gate.wait()
-        time.sleep(self.seconds)
-        self.batches.append(len(canvases))
-        self.fault(canvases)
-        return [self._candidates(canvas) for canvas in canvases]
+    def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> "FakeLane | None":
+        shared = concurrent and self.lanes > 1
+        if self.taken and not (shared and all(lane.shared for lane in self.taken) and len(self.taken) < self.lanes):
+            return None
+        self.taken.append(FakeLane(shared, self))
+        return self.taken[-1]
+
+    def run(self, canvases: Sequence[CanvasImage], lane: "FakeLane | None" = None) -> list[Candidates]:
+        try:
+            self.shared.append(lane is not None and lane.shared)
+            self.gate.wait()
+            time.sleep(self.seconds)
+            self.batches.append(len(canvases))
+            self.fault(canvases)
+            return [self._candidates(canvas) for canvas in canvases]
+        finally:
+            if lane is not None:
+                self.taken.remove(lane)
 
     def _candidates(self, canvas: CanvasImage) -> Candidates:
         height, width = canvas.size
         score = canvas.pixels[:height, :width, 0].mean() / 255
         boxes = np.array([[0, 0, width, height], [0, 0, 0, 0]], np.float32)
         return Candidates(boxes, np.array([score, -1], np.float32), np.array([1, 0], np.int64))
+
+
+@dataclass(eq=False)
+class FakeLane:
+    shared: bool
+    detector: FakeDetector
+
+    def free(self) -> None:
+        """End a run that was not the line's, or was never made."""
+        self.detector.taken.remove(self)
+        self.detector.lane_freed()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from model.image import InvalidImage, TooManyPixels
 from service.api.errors import CODES, KINDS, OUTCOMES, Unauthorized, code_of, headers_of, problem_of
 from service.api.schemas import Problem
 from service.api.uploads import UploadsBusy
-from service.core.batcher import QueueFull
+from service.core.line import QueueFull
 from service.core.store import NotReady
 from service.metrics import OUTCOMES as METRIC_OUTCOMES
 

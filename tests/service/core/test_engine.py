@@ -117,48 +117,48 @@ def test_a_batch_gets_all_its_places_or_429() -> None:
 
 
 def test_a_crowd_shares_the_device_and_a_lone_image_does_not() -> None:
-    with serving(detector := FakeDetector(seconds=0.01, shares=True), runs_at_once=2, queue_capacity=20) as server:
+    with serving(detector := FakeDetector(seconds=0.01, lanes=2), runs_at_once=2, queue_capacity=20) as server:
         assert detect(server).status_code == 200
-        assert detector.beside_others == [False], "alone"
+        assert detector.shared == [False], "alone"
         for answer in in_background(20, lambda: detect(server)):
             timing = answer.result().json()["timing_ms"]
             assert sum(timing.values()) - timing["total"] == pytest.approx(timing["total"], abs=0.01)
-        assert any(detector.beside_others)
+        assert any(detector.shared)
         assert detect(server).status_code == 200
-        assert detector.beside_others[-1] is False, "alone again"
+        assert detector.shared[-1] is False, "alone again"
 
 
 def test_of_a_crowd_only_what_the_device_takes_next_is_decoded() -> None:
     with serving(detector := FakeDetector(), queue_capacity=20) as server:
-        engine, running, ahead = server.service.engine, 1, 2 + 2  # two turns of one, one for each decode thread
+        line, running, ahead = server.service.engine.line, 1, 2 + 2  # two turns of one, one for each decode thread
         detector.gate.clear()
         answers = in_background(12, lambda: detect(server))
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 12)
-        server.wait_until(lambda: engine.batcher.waiting == ahead)
-        assert len(engine._undecoded) == 12 - running - ahead
+        server.wait_until(lambda: line.snapshot().ready == ahead)
+        assert line.snapshot().encoded == 12 - running - ahead
         with connected(server) as leaving:
             send_image(leaving, picture())
             server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 13)
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 12)
-        assert engine.batcher.waiting == ahead, "its place is free, and nothing was done for it"
+        assert line.snapshot().ready == ahead, "its place is free, and nothing was done for it"
         detector.gate.set()
         assert [answer.result().status_code for answer in answers] == [200] * 12
 
 
 def test_clients_that_leave_while_all_that_is_decoded_waits_make_room_for_the_others() -> None:
     with serving(detector := FakeDetector(), queue_capacity=20) as server, contextlib.ExitStack() as stay:
-        engine = server.service.engine
+        line = server.service.engine.line
         detector.gate.clear()
         [first] = in_background(1, lambda: detect(server))
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
         with contextlib.ExitStack() as leave:
             for _ in range(4):
                 send_image(leave.enter_context(connected(server)), picture())
-            server.wait_until(lambda: engine.batcher.waiting == 4)
+            server.wait_until(lambda: line.snapshot().ready == 4)
             send_image(stay.enter_context(connected(server)), picture())
-            server.wait_until(lambda: len(engine._undecoded) == 1)
+            server.wait_until(lambda: line.snapshot().encoded == 1)
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 2)
-        server.wait_until(lambda: engine.batcher.waiting == 1)
+        server.wait_until(lambda: line.snapshot().ready == 1)
         detector.gate.set()
         assert first.result().status_code == 200
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 0)
@@ -172,7 +172,7 @@ def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> 
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
         with connected(server) as leaving:
             send_image(leaving, picture())
-            server.wait_until(lambda: len(server.service.engine.batcher._waiting) == 1)
+            server.wait_until(lambda: server.service.engine.line.snapshot().ready == 1)
         server.wait_until(lambda: outcomes(server)["cancelled"] == 1)
         assert server.metric("retinaserve_queue_depth") == 1, "its place is free while the device still works"
         detector.gate.set()
@@ -342,7 +342,7 @@ def test_a_swap_keeps_requests_in_flight_on_the_model_they_began_with() -> None:
         server.service.store._open_detector = lambda path: new  # type: ignore[assignment, return-value]
         assert server.service.store.reload()
         [newer] = in_background(1, lambda: detect(server))
-        server.wait_until(lambda: len(server.service.engine.batcher._waiting) == 3)
+        server.wait_until(lambda: server.service.engine.line.snapshot().ready == 3)
         old.gate.set()
         assert newer.result().json()["model"]["name"] == "new"
         assert (old.batches, new.batches) == ([1, 2], [1]), "one canvas, but never one batch of two models"

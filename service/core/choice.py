@@ -1,0 +1,217 @@
+"""What a worker does next: a pure function of who waits, what is under way, the lanes and now. Tested as a table.
+
+`Waiting` is who waits for what; the line alone changes it, under its lock. `choose` looks at it.
+
+In this order: run where a lane is free; finish; decode or draw, the older job first. A batch: the oldest part leads,
+then the oldest others of its model and canvas. The device is busy with one model at a time; beside another run only a
+full batch starts, since who comes before that run ends can still join any other.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+
+from model.detector import Lane
+from model.types import Candidates
+from service.core.job import Job, Part, State
+from service.core.store import LoadedModel
+
+TURNS_AHEAD = 2
+"""Canvases decoded ahead of the device, in all that it takes at once. To decode all at once that came at once would
+delay the first of them by the decoding of the last, and hold the pixels of all."""
+MAX_DECODED_BYTES = 512 * 2**20
+"""Canvases decoded ahead hold no more than this, unless a single one does."""
+MAX_UNFINISHED_BATCHES = 2
+"""No run starts while so many have run and are not answered."""
+
+
+@dataclass(eq=False)
+class Run:
+    """Run these parts, of one model and canvas, on this lane."""
+
+    parts: list[Part]
+    lane: Lane
+    started: float = 0
+    candidates: list[Candidates] = field(default_factory=list)
+    """Left by the worker, one for each part, unless there is an error."""
+    error: Exception | None = None
+    """Left by the worker: what fails the whole batch."""
+    device_lost: bool = False
+    """Left by the worker: nothing is tried again."""
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.parts[0].job.model
+
+
+@dataclass(eq=False)
+class Decode:
+    """Decode this job's picture."""
+
+    job: Job
+    started: float = 0
+    parts: list[Part] = field(default_factory=list)
+    """Left by the worker, unless there is an error."""
+    error: Exception | None = None
+    """Left by the worker."""
+
+
+@dataclass(eq=False)
+class Finish:
+    """Make this job's answer; a drawing takes as long as a decode."""
+
+    job: Job
+    started: float = 0
+
+
+@dataclass(frozen=True)
+class Wait:
+    """There is nothing to do before `until`, time.monotonic(); None: before the line changes."""
+
+    until: float | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """The line is closed and there is nothing left to do."""
+
+
+Work = Run | Decode | Finish
+Step = Work | Wait | End
+
+
+@dataclass
+class Waiting:
+    """Who waits for what, and what is under way. All in order, the oldest first."""
+
+    decode_threads: int
+    """Workers that may decode or draw at once."""
+    max_batch_delay_seconds: float = 0
+    encoded: deque[Job] = field(default_factory=deque)
+    ready: list[Part] = field(default_factory=list)
+    """Parts to be run again come before all others."""
+    ran: deque[deque[Job]] = field(default_factory=deque)
+    """To be finished, a deque for each batch."""
+    drawings: deque[Job] = field(default_factory=deque)
+    """To be finished where pictures are decoded."""
+    under_way: dict[Work, None] = field(default_factory=dict)
+    closing: bool = False
+
+    turns: "count[int]" = field(default_factory=count)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [work for work in self.under_way if isinstance(work, Run)]
+
+    def append(self, job: Job) -> None:
+        """The job comes last, to be decoded."""
+        job.turn = next(self.turns)
+        self.encoded.append(job)
+
+    def insert(self, part: Part) -> None:
+        """The part waits for the device, in its job's turn."""
+        insort(self.ready, part, key=_order)
+
+    def begin(self, work: Work) -> None:
+        """Take what was chosen out of those that wait."""
+        self.under_way[work] = None
+        if isinstance(work, Run):
+            self._begin_run(work)
+        elif isinstance(work, Decode):
+            self.encoded.popleft()
+        elif work.job.draws:
+            self.drawings.popleft()
+        else:
+            self.ran[0].popleft()
+            if not self.ran[0]:
+                self.ran.popleft()
+
+    def _begin_run(self, run: Run) -> None:
+        """What is left of the batch's jobs goes behind all others that wait now."""
+        batch, jobs = set(run.parts), {part.job for part in run.parts}
+        self.ready = [part for part in self.ready if part not in batch]
+        for job in {part.job: None for part in self.ready if part.job in jobs}:
+            job.turn = next(self.turns)
+            self.ready.sort(key=_order)
+
+    def remove(self, job: Job) -> None:
+        """The job waits for nothing any more."""
+        if job.state is State.ENCODED:
+            self.encoded.remove(job)
+        elif job.state is State.RAN:
+            self.drawings = deque(drawing for drawing in self.drawings if drawing is not job)
+        else:
+            self.ready = [part for part in self.ready if part.job is not job]
+
+
+def choose(waiting: Waiting, now: float) -> Step:
+    """The next step of one worker. With a Run its lane is taken; nothing else changes. `now` is time.monotonic()."""
+    run = _run(waiting, now)
+    if isinstance(run, Run):
+        return run
+    if waiting.ran:
+        return Finish(waiting.ran[0][0])
+    if (job := _decode_or_draw(waiting)) is not None:
+        return Finish(job) if job.parts else Decode(job)
+    if waiting.closing and not (waiting.encoded or waiting.ready or waiting.drawings):
+        return End()
+    return run or Wait()
+
+
+def _run(waiting: Waiting, now: float) -> Run | Wait | None:
+    """The run that can start; Wait: its batch shall wait for others to fill it; None: until the line changes."""
+    if not waiting.ready or len(waiting.ran) >= MAX_UNFINISHED_BATCHES:
+        return None
+    runs = waiting.runs
+    for batch in _batches(waiting):
+        leader = batch[0]
+        model = leader.job.model
+        if runs and runs[0].model is not model:
+            return None
+        if not (leader.alone or waiting.closing or len(batch) == model.max_batch_size):
+            if runs:
+                return None
+            until = min(part.ready_at for part in batch) + waiting.max_batch_delay_seconds
+            if until > now:
+                return Wait(until)
+        concurrent = bool(runs) or len(waiting.ready) > len(batch)
+        lane = model.detector.free_lane(leader.canvas.canvas_size, len(batch), concurrent=concurrent)
+        if lane is not None:
+            return Run(batch, lane)
+    return None
+
+
+def _batches(waiting: Waiting) -> Iterator[list[Part]]:
+    """The batch that each group's oldest part leads, the oldest leader first."""
+    seen = set()
+    for leader in waiting.ready:
+        if leader.alone:
+            yield [leader]
+        elif leader.group not in seen:
+            seen.add(leader.group)
+            like = (part for part in waiting.ready if part.group == leader.group and not part.alone)
+            yield list(islice(like, leader.job.model.max_batch_size))
+
+
+def _decode_or_draw(waiting: Waiting) -> Job | None:
+    decoding = sum(isinstance(work, Decode) for work in waiting.under_way)
+    drawing = sum(isinstance(work, Finish) and work.job.draws for work in waiting.under_way)
+    if decoding + drawing >= waiting.decode_threads:
+        return None
+    encoded = waiting.encoded[0] if waiting.encoded and _is_next(waiting, waiting.encoded[0], decoding) else None
+    drawn = waiting.drawings[0] if waiting.drawings else None
+    return min((job for job in (encoded, drawn) if job is not None), key=lambda job: job.turn, default=None)
+
+
+def _is_next(waiting: Waiting, job: Job, decoding: int) -> bool:
+    """So few canvases are decoded, or being decoded, that the device takes this job's next."""
+    ahead = len(waiting.ready) + decoding
+    in_turn = TURNS_AHEAD * job.model.detector.lanes * job.model.max_batch_size + waiting.decode_threads
+    return not ahead or (ahead < in_turn and (ahead + 1) * job.model.canvas_bytes <= MAX_DECODED_BYTES)
+
+
+def _order(part: Part) -> tuple[bool, int]:
+    """What is run again comes first, then who came first."""
+    return not part.alone, part.job.turn

@@ -1,0 +1,138 @@
+"""One picture on its way through the line, and its stopwatch.
+
+A `Job` has *parts*, the canvases to run. Its encoded bytes, its options and its answer belong to whoever works on it;
+`state` and all below it belong to the line, and change under its lock alone.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from model.types import Candidates, CanvasImage, Detections
+from service.core.store import LoadedModel
+
+
+class DeadlineExceeded(Exception):
+    """The answer was not there in time; work not begun by then is not done. Try again when there is less load."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one request asks of its detections."""
+
+    score_threshold: float
+    nms_threshold: float
+    max_detections: int
+    label_ids: Collection[int] | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage. The stages touch: each lap begins where the last one ended."""
+
+    started: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
+    _last: float = 0
+
+    def __post_init__(self) -> None:
+        self._last = self._last or self.started
+
+    def lap(self, stage: str, end: float | None = None) -> None:
+        """Book the time since the last lap under this stage, up to `end` (time.perf_counter(); now)."""
+        now = time.perf_counter() if end is None else end
+        self.stages[stage] = self.stages.get(stage, 0) + now - self._last
+        self._last = now
+
+    def copy(self) -> "Stopwatch":
+        return Stopwatch(self.started, dict(self.stages), self._last)
+
+    @property
+    def total(self) -> float:
+        return self._last - self.started
+
+
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """What became of one picture: detections in original pixels."""
+
+    detections: Detections
+    original_size: tuple[int, int]
+    model: LoadedModel
+    watch: Stopwatch
+
+
+Finish = Callable[[Detected, bytearray], Any]
+"""Makes the answer out of what was detected and, for a drawing, the encoded picture; its result is the future's."""
+
+
+class State(Enum):
+    ENCODED = auto()
+    DECODING = auto()
+    READY = auto()
+    """Parts of it wait for the device."""
+    RUNNING = auto()
+    """All parts of it that have not run are on the device."""
+    RAN = auto()
+
+
+@dataclass(eq=False)
+class Part:
+    """One canvas of a job: what batches are made of."""
+
+    job: "Job"
+    canvas: CanvasImage
+    ready_at: float = 0
+    """time.monotonic()"""
+    alone: bool = False
+    """A batch that held it failed: it is run again, first and by itself."""
+    candidates: Candidates | None = None
+
+    @property
+    def group(self) -> tuple[LoadedModel, tuple[int, int]]:
+        """Parts of one group may share a batch."""
+        return self.job.model, self.canvas.canvas_size
+
+
+@dataclass(eq=False)
+class Job:
+    data: bytearray
+    """The encoded picture; empty once it is decoded, unless its answer is a drawing."""
+    model: LoadedModel
+    """Its own from the start: neither a reload nor a neighbour in the batch changes it."""
+    options: Options
+    deadline: float
+    """time.monotonic() after which nobody waits."""
+    watch: Stopwatch
+    finish: Finish
+    draws: bool
+    """Its answer takes as long as a decode: it is made where pictures are decoded, and its place lasts until then."""
+    future: "asyncio.Future[Any]"
+    num_canvases: int = 1
+
+    state: State = State.ENCODED
+    turn: int = 0
+    """Its position in the line: of two that could go on, the smaller turn does."""
+    gone: bool = False
+    """Failed, cancelled or late: nothing more is begun for it."""
+    in_hand: int = 0
+    """What workers have of it: its decoding, its drawing, or this many of its parts on the device."""
+    parts: list[Part] = field(default_factory=list)
+    """All of them, in the order in which they were cut from the picture."""
+    parts_left: int = 0
+    """Those that have not run yet, or run now."""
+
+    def answer(self, result: Any) -> None:
+        """Hand the answer to whoever waits, from any thread."""
+        self.future.get_loop().call_soon_threadsafe(self._settle, self.future.set_result, result)
+
+    def fail(self, error: BaseException) -> None:
+        """Hand the error to whoever waits, from any thread."""
+        self.future.get_loop().call_soon_threadsafe(self._settle, self.future.set_exception, error)
+
+    def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
+        """On the event loop."""
+        if not self.future.done():
+            settle(outcome)
