@@ -501,6 +501,17 @@ def test_admitting_wakes_as_many_workers_as_there_is_work_for() -> None:
                 line.take(step)
 
 
+def test_who_leaves_makes_room_for_the_next_to_be_decoded() -> None:
+    scene, _ = busy("abcdef")
+    scene.admit("g")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(scene.line.next)
+        time.sleep(0.05)
+        assert not waiting.done(), "enough is decoded"
+        scene.line.leave(scene["c"])
+        assert scene.told(waiting.result(10)) == "decode g"
+
+
 def test_a_lane_that_opens_outside_the_line_wakes_a_worker() -> None:
     scene = Scene()
     detector = cast("FakeDetector", scene.model.detector)
