@@ -19,6 +19,12 @@ TEXT_FIELDS = ("name", "architecture", "precision", "data_set")
 LATER_FIELDS = ("anchors",)
 """Files of this format version were written before there were any; where one is missing, the default holds."""
 Precision = Literal["fp32", "fp16", "int8"]
+SCORE_THRESHOLD = 0.05
+"""A detection scores more than this. The three are what a file carries, and a service applies, unless told otherwise."""
+NMS_THRESHOLD = 0.5
+"""Largest IoU of two detections of one label."""
+MAX_DETECTIONS = 300
+"""The best so many detections of an image are kept."""
 
 
 class InvalidModel(ValueError):
@@ -82,9 +88,9 @@ class ModelMetadata:
     """Backbone, pyramid and heads in words, for people: "resnet50 fpn(256, P3-P7) head(4x256)"."""
     precision: Precision = "fp32"
     resize: ResizePolicy = field(default_factory=ResizePolicy)
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    max_detections: int = 300
+    score_threshold: float = SCORE_THRESHOLD
+    nms_threshold: float = NMS_THRESHOLD
+    max_detections: int = MAX_DETECTIONS
     data_set: str = ""
     """Where the weights come from: "shapes (training demo --seed 0)", "COCO train2017"."""
     ap: float | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from model.anchors import AnchorConfig
-from model.metadata import ResizePolicy
+from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ResizePolicy
 from model.retinanet import RetinaNetConfig
 
 
@@ -87,9 +87,9 @@ class AugmentConfig:
 class DetectionConfig:
     """What is made of the candidates, unless a request says otherwise; an exported file carries it."""
 
-    score_threshold: Annotated[float, "a detection scores more than this"] = 0.05
-    nms_threshold: Annotated[float, "largest IoU of two detections of one label"] = 0.5
-    max_detections: Annotated[int, "of a picture"] = 300
+    score_threshold: Annotated[float, "a detection scores more than this"] = SCORE_THRESHOLD
+    nms_threshold: Annotated[float, "largest IoU of two detections of one label"] = NMS_THRESHOLD
+    max_detections: Annotated[int, "of a picture"] = MAX_DETECTIONS
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from model.candidates import CandidateDetector
 from model.detector import Detector
 from model.image import to_canvas, to_original
-from model.metadata import Label, ResizePolicy
+from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, Label, ResizePolicy
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
 from training.checkpoint import build_detector, load_checkpoint
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Run = Callable[[Sequence[CanvasImage]], list[Candidates]]
 Look = Callable[[int, Pixels, Detections], None]
 """Told of each evaluated picture: its index, its pixels, what was found there."""
-MAX_DETECTIONS = [1, 10, 100, 1000]
+COUNTED_DETECTIONS = [1, 10, 100, 1000]
 """COCO's, and 1,000 for proposals: of each picture the best so many count, for AP the best 100."""
 
 
@@ -45,9 +45,9 @@ class Predictor:
     run: Run
     labels: tuple[Label, ...]
     resize: ResizePolicy
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    max_detections: int = 300
+    score_threshold: float = SCORE_THRESHOLD
+    nms_threshold: float = NMS_THRESHOLD
+    max_detections: int = MAX_DETECTIONS
     scales: tuple[int, ...] = ()
     """Shorter sides, px, of an image pyramid whose candidates go through one NMS; none: the resize policy's own."""
 
@@ -247,13 +247,13 @@ def average_precision(
         found = truth.loadRes(results) if results else COCO()
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.imgIds = list(image_ids)
-        evaluation.params.maxDets = MAX_DETECTIONS
+        evaluation.params.maxDets = COUNTED_DETECTIONS
         evaluation.params.useCats = int(not class_agnostic)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     figures = [float(figure) if figure >= 0 else float("nan") for figure in evaluation.stats]
-    precision = evaluation.eval["precision"][..., MAX_DETECTIONS.index(100)]
+    precision = evaluation.eval["precision"][..., COUNTED_DETECTIONS.index(100)]
     categories = [{"name": OBJECT.label}] if class_agnostic else truth.loadCats(evaluation.params.catIds)
     names = [str(category["name"]) for category in categories]
     per_class = {name: _mean(precision[:, :, column, 0]) for column, name in enumerate(names)}
