@@ -9,20 +9,24 @@ short.
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import uvicorn
 
 from model.detector import RUNS_AT_ONCE, Detector, available_cores
 from service import detect
-from service.api.app import Service, create_app
+from service.api.app import create_app
 from service.api.connections import DeadlineProtocol
+from service.api.service import Service
+from service.api.uploads import Uploads
 from service.config import PROGRAM, Settings, parse_settings
 from service.core.engine import Engine
 from service.core.store import ModelStore
@@ -66,18 +70,18 @@ async def serve(settings: Settings) -> tuple[int, bool]:
         return failed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"), False
     service = build_service(settings)
     try:
-        server = Server(uvicorn_config(service, settings))
+        server = Server(uvicorn_config(service))
         server.config.load()
     except OSError as error:
         return failed(f"cannot use the TLS certificate: {error}"), False
-    return await Run(settings, service, server, listening).until_stopped()
+    return await Lifecycle(service, server, listening).until_stopped()
 
 
-class Run:
-    """One life of the server: start, signals, drain, end."""
+class Lifecycle:
+    """Start, signals, drain, end."""
 
-    def __init__(self, settings: Settings, service: Service, server: Server, listening: socket.socket) -> None:
-        self._settings = settings
+    def __init__(self, service: Service, server: Server, listening: socket.socket) -> None:
+        self._settings = service.settings
         self._service = service
         self._server = server
         self._listening = listening
@@ -89,7 +93,7 @@ class Run:
             self._loop.add_signal_handler(number, self._stop, number)
         self._loop.add_signal_handler(signal.SIGHUP, self._service.store.ask_reload)
         self._service.engine.start()
-        self._service.store.start(self._model_failed)
+        self._service.store.start(self._model_failed, self._model_loaded)
         scheme = "https" if self._settings.ssl_certfile else "http"
         host, port = self._listening.getsockname()[:2]
         logger.info(
@@ -109,9 +113,9 @@ class Run:
 
     def _stop(self, number: int) -> None:
         """Drain; at the second signal end the process."""
-        if self._service.life.draining:
+        if self._service.draining:
             os._exit(128 + number)
-        self._service.life.draining = True
+        self._service.draining = True
         delay_seconds = 0 if number == signal.SIGINT else self._settings.drain_delay_seconds
         logger.info("draining: not ready, still serving for %g s", delay_seconds)
         self._loop.call_later(delay_seconds, self._close_listener)
@@ -124,20 +128,19 @@ class Run:
         self._failure = reason
         self._loop.call_soon_threadsafe(self._close_listener)
 
+    def _model_loaded(self) -> None:
+        """On the loader's thread: what there is now stays, and looking through it for garbage would stop every thread
+        for tens of milliseconds."""
+        gc.collect()
+        gc.freeze()
 
-def build_service(settings: Settings) -> Service:
-    """The parts of the service, none of them started."""
+
+def build_service(settings: Settings, open_detector: Callable[[Path], Detector] | None = None) -> Service:
+    """Make the parts of the service and start none; without an opener, models are opened as the settings say."""
     metrics = Metrics()
-    open_detector = functools.partial(
-        Detector,
-        device=settings.device,
-        threads=settings.threads,
-        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
-        runs_at_once=settings.runs_at_once,
-    )
     store = ModelStore(
         settings.model_file,
-        open_detector,
+        open_detector or detector_opener(settings),
         metrics,
         sha256=settings.model_sha256,
         poll_seconds=settings.model_poll_seconds,
@@ -152,12 +155,31 @@ def build_service(settings: Settings) -> Service:
         decode_threads=settings.decode_threads or available_cores(),
         max_image_pixels=settings.max_image_pixels,
     )
-    return Service(settings, store, engine, metrics)
+    uploads = Uploads(
+        max_image_bytes=settings.max_image_bytes,
+        max_bytes_in_flight=settings.max_upload_bytes_in_flight,
+        timeout_seconds=settings.upload_timeout_seconds,
+    )
+    service = Service(settings, metrics, store, engine, uploads)
+    metrics.upload_bytes_in_flight.set_function(lambda: uploads.bytes_in_flight)
+    metrics.ready.set_function(lambda: service.why_not_ready() is None)
+    return service
 
 
-def uvicorn_config(service: Service, settings: Settings) -> uvicorn.Config:
+def detector_opener(settings: Settings) -> Callable[[Path], Detector]:
+    return functools.partial(
+        Detector,
+        device=settings.device,
+        threads=settings.threads,
+        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        runs_at_once=settings.runs_at_once,
+    )
+
+
+def uvicorn_config(service: Service) -> uvicorn.Config:
+    settings = service.settings
     return uvicorn.Config(
-        create_app(service, settings),
+        create_app(service),
         http=DeadlineProtocol,
         log_config=None,
         access_log=False,

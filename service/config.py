@@ -28,11 +28,19 @@ PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 CommaSeparated = NoDecode
 
+MAX_BATCH_IMAGES = 16
+"""Of one request."""
+DetectionCount = Annotated[int, Field(ge=1, le=5000)]
+OPTION_TEXTS = {
+    "score_threshold": "keep detections that score above it",
+    "nms_threshold": "per class drop the lower scoring of two boxes of a larger IoU",
+    "max_detections": "keep this many, the best",
+}
+"""For the help of the settings, and for the OpenAPI document of the parameters that win over them."""
+
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=()
-    )
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     model: Path | None = Field(
         None, description="the .onnx file to serve [the demo model, int8 where that ships and the CPU is fast at it]"
@@ -45,10 +53,10 @@ class Settings(BaseSettings):
         None, gt=0, description="GPU memory for sessions, an estimate's limit [12GiB]"
     )
 
-    score_threshold: Share | None = Field(None, description="keep scores above it [the model file's]")
-    nms_threshold: Share | None = Field(None, description="per class drop boxes of larger IoU [the model file's]")
-    max_detections: int | None = Field(
-        None, ge=1, le=5000, description="best ones to keep per image [the model file's]"
+    score_threshold: Share | None = Field(None, description=f"{OPTION_TEXTS['score_threshold']} [the model file's]")
+    nms_threshold: Share | None = Field(None, description=f"{OPTION_TEXTS['nms_threshold']} [the model file's]")
+    max_detections: DetectionCount | None = Field(
+        None, description=f"{OPTION_TEXTS['max_detections']} [the model file's]"
     )
 
     max_image_bytes: ByteSize = Field(ByteSize(20 * MIB), gt=0, description="largest encoded image")

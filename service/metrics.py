@@ -4,8 +4,9 @@
 Stage and request durations are observed for images and requests that were answered.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,11 +24,13 @@ from prometheus_client import (
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and no query of ours reads them
 
 STAGES = ("read", "decode", "preprocess", "queue", "inference", "postprocess", "encode")
-OUTCOMES = ("ok", "invalid", "too_large", "unsupported", "overloaded", "timeout", "cancelled", "unavailable", "error")
+Outcome = Literal[
+    "ok", "invalid", "too_large", "unsupported", "overloaded", "timeout", "cancelled", "unavailable", "error"
+]
 DEVICE_ERROR_KINDS = ("oom", "cuda", "other")
 RELOAD_OUTCOMES = ("success", "failure")
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 OTHER_METHOD = "<other>"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", OTHER_METHOD)
 UNMATCHED = "<unmatched>"
 
 STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -38,37 +41,58 @@ PIXELS = (1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
 DETECTIONS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
+class HttpMetrics:
+    """Of every request, whatever its route."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "http_requests_total", "HTTP requests.", ["method", "route", "status"], registry=registry
+        )
+        self.duration = Histogram(
+            "http_request_duration_seconds",
+            "Time from a request's headers to its answer.",
+            ["method", "route"],
+            buckets=HTTP_SECONDS,
+            registry=registry,
+        )
+        self.in_flight = Gauge("http_requests_in_flight", "HTTP requests being answered.", registry=registry)
+        self.request_size = Histogram(
+            "http_request_size_bytes", "Bytes of detection requests' bodies.", buckets=BYTES, registry=registry
+        )
+
+    def make_series(self, route: str, methods: Mapping[str, tuple[int, ...]]) -> None:
+        """Create the series of a route: the statuses that each method can have."""
+        for method, statuses in methods.items():
+            self.duration.labels(method, route)
+            for status in statuses:
+                self.requests.labels(method, route, str(status))
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        method = method if method in METHODS else OTHER_METHOD
+        self.requests.labels(method, route, str(status)).inc()
+        self.duration.labels(method, route).observe(seconds)
+
+
 class Metrics:
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
+        counter, histogram, gauge = self._counter, self._histogram, self._gauge
 
-        def counter(name: str, text: str, label: str, values: tuple[str, ...]) -> Counter:
-            made = Counter(f"retinaserve_{name}", text, [label], registry=registry)
-            for value in values:
-                made.labels(value)
-            return made
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"retinaserve_{name}", text, buckets=buckets, registry=registry)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"retinaserve_{name}", text, registry=registry)
-
-        self.requests = counter("requests_total", "Detection requests, once each, a batch too.", "outcome", OUTCOMES)
+        self.requests = counter("requests", "Detection requests, once each, a batch too.", "outcome", get_args(Outcome))
         self.stage_duration = Histogram(
             "retinaserve_stage_duration_seconds",
             "Time of one image in each stage, of images that were answered.",
             ["stage"],
             buckets=STAGE_SECONDS,
-            registry=registry,
+            registry=self.registry,
         )
         self._stage_durations = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         self.request_duration = histogram(
             "request_duration_seconds", "Time from request to encoded answer, of answered requests.", STAGE_SECONDS
         )
         self.batch_size = histogram("batch_size", "Images in each run of the device.", BATCH_SIZES)
-        self.images = Counter("retinaserve_images_total", "Images answered with detections.", registry=registry)
-        self.detections = Counter("retinaserve_detections_total", "Detections in answers.", registry=registry)
+        self.images = counter("images", "Images answered with detections.")
+        self.detections = counter("detections", "Detections in answers.")
         self.image_pixels = histogram("image_pixels", "Pixels of each image answered.", PIXELS)
         self.detections_per_image = histogram("detections_per_image", "Detections of each image answered.", DETECTIONS)
 
@@ -77,56 +101,25 @@ class Metrics:
         self.upload_bytes_in_flight = gauge("upload_bytes_in_flight", "Bytes of bodies that have begun to arrive.")
         self.requests_running = gauge("requests_running", "Images on the device now.")
 
-        self.model_info = Info("retinaserve_model", "The model that serves.", registry=registry)
-        self.build_info = Info("retinaserve_build", "The program that serves.", registry=registry)
+        self.model_info = Info("retinaserve_model", "The model that serves.", registry=self.registry)
+        self.build_info = Info("retinaserve_build", "The program that serves.", registry=self.registry)
         self.build_info.info({"version": program_version()})
         self.ready = gauge("ready", "1 while /readyz answers 200.")
         self.provider_fallback = gauge("provider_fallback", "1 if a GPU was wanted and the CPU computes.")
         self.model_load_seconds = gauge("model_load_seconds", "Time to open and verify the model that serves.")
         self.warmup_seconds = gauge("warmup_seconds", "Time to warm up the model that serves.")
-        self.model_reloads = counter("model_reloads_total", "Reloads of the model.", "outcome", RELOAD_OUTCOMES)
-        self.device_errors = counter("device_errors_total", "Runs that failed.", "kind", DEVICE_ERROR_KINDS)
+        self.model_reloads = counter("model_reloads", "Reloads of the model.", "outcome", RELOAD_OUTCOMES)
+        self.device_errors = counter("device_errors", "Runs that failed.", "kind", DEVICE_ERROR_KINDS)
 
-        self.http_requests = Counter(
-            "http_requests_total", "HTTP requests.", ["method", "route", "status"], registry=registry
-        )
-        self.http_duration = Histogram(
-            "http_request_duration_seconds",
-            "Time from a request's headers to its answer.",
-            ["method", "route"],
-            buckets=HTTP_SECONDS,
-            registry=registry,
-        )
-        self._http_series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        """Those in use, by method, route and status: to look them up by their labels takes longer than to count."""
-        self.http_in_flight = Gauge("http_requests_in_flight", "HTTP requests being answered.", registry=registry)
-        self.http_request_size = Histogram(
-            "http_request_size_bytes", "Bytes of detection requests' bodies.", buckets=BYTES, registry=registry
-        )
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        GCCollector(registry=registry)
+        self.http = HttpMetrics(self.registry)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
 
     def watch_queue(self, depth: Callable[[], float], running: Callable[[], float], capacity: int) -> None:
         """Read the queue's gauges from these functions at each scrape."""
         self.queue_depth.set_function(depth)
         self.requests_running.set_function(running)
         self.queue_capacity.set(capacity)
-
-    def make_http_series(self, route: str, methods: Mapping[str, tuple[int, ...]]) -> None:
-        """Create the series of a route: the statuses that each method can have."""
-        for method, statuses in methods.items():
-            self.http_duration.labels(method, route)
-            for status in statuses:
-                self.http_requests.labels(method, route, str(status))
-
-    def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        key = (method if method in METHODS else OTHER_METHOD), route, status
-        if key not in self._http_series:
-            self._http_series[key] = self.http_requests.labels(*map(str, key)), self.http_duration.labels(*key[:2])
-        count, duration = self._http_series[key]
-        count.inc()
-        duration.observe(seconds)
 
     def observe_image(self, stages: Mapping[str, float], pixels: int, detections: int) -> None:
         """Count one answered image; `stages` are seconds."""
@@ -140,6 +133,19 @@ class Metrics:
     def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, label: str = "", values: Collection[str] = ()) -> Counter:
+        """A counter; with a label, a series for each of its values from the start."""
+        made = Counter(f"retinaserve_{name}_total", text, [label] if label else [], registry=self.registry)
+        for value in values:
+            made.labels(value)
+        return made
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"retinaserve_{name}", text, buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"retinaserve_{name}", text, registry=self.registry)
 
 
 def program_version() -> str:

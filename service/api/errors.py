@@ -1,14 +1,25 @@
-"""Every error a client can see, in one table: code → status, title, outcome in the metrics; and exception → code.
+"""Every error that a client can see. One table: code → status, title, outcome in the metrics; and exception → code.
 
 Errors are RFC 9457 problems (application/problem+json) with a `code` that stays the same over versions; `detail` says
-what came and what is allowed. Exceptions are defined where they are raised and named here only.
+what came and what is allowed. Exceptions are defined where they are raised and named here only:
 
-    malformed_request 400      unauthorized 401           not_found 404          method_not_allowed 405
-    upload_timeout 408         body_too_large 413         too_many_pixels 413    unsupported_media_type 415
-    invalid_parameter 422      invalid_image 422          overloaded 429         inference_failed 500
-    internal_error 500         not_ready 503              deadline_exceeded 504
+    Exception
+    ├── MalformedRequest            400 malformed_request
+    ├── Unauthorized                401 unauthorized
+    ├── UploadTimeout               408 upload_timeout
+    ├── BodyTooLarge                413 body_too_large
+    ├── UnsupportedMediaType        415 unsupported_media_type
+    ├── InvalidParameter            422 invalid_parameter
+    ├── InvalidImage                422 invalid_image
+    │   └── TooManyPixels           413 too_many_pixels
+    ├── ClientGone                  499 client_closed_request    in the log and the metrics: nobody reads it
+    ├── InferenceFailed             500 inference_failed
+    ├── DeadlineExceeded            504 deadline_exceeded
+    └── Refusal                         with the seconds after which to try again
+        ├── QueueFull, UploadsBusy  429 overloaded
+        └── NotReady                503 not_ready
 
-`client_closed_request` 499 is for the log and the metrics: nobody is there to read it.
+The framework's own are 404 not_found and 405 method_not_allowed; every other exception is a bug, 500 internal_error.
 """
 
 from dataclasses import dataclass
@@ -26,7 +37,9 @@ from service.api.uploads import (
 )
 from service.core.job import DeadlineExceeded
 from service.core.line import QueueFull
+from service.core.refusals import Refusal
 from service.core.store import NotReady
+from service.metrics import Outcome
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
@@ -40,30 +53,30 @@ class Unauthorized(Exception):
 
 
 @dataclass(frozen=True)
-class Kind:
+class ProblemType:
     status: int
     title: str
-    outcome: str
+    outcome: Outcome
     """In retinaserve_requests_total."""
 
 
-KINDS = {
-    "malformed_request": Kind(400, "The request cannot be read", "invalid"),
-    "unauthorized": Kind(401, "A valid API key is needed", "invalid"),
-    "not_found": Kind(404, "There is nothing at this path", "invalid"),
-    "method_not_allowed": Kind(405, "The path does not take this method", "invalid"),
-    "upload_timeout": Kind(408, "The body took too long to arrive", "timeout"),
-    "body_too_large": Kind(413, "The body is too large", "too_large"),
-    "too_many_pixels": Kind(413, "The image has too many pixels", "too_large"),
-    "unsupported_media_type": Kind(415, "The body comes in a form that is not read", "unsupported"),
-    "invalid_parameter": Kind(422, "A query parameter is not valid", "invalid"),
-    "invalid_image": Kind(422, "The image cannot be decoded", "invalid"),
-    "overloaded": Kind(429, "The server is at its limit: try again later", "overloaded"),
-    "client_closed_request": Kind(499, "The client closed the connection", "cancelled"),
-    "inference_failed": Kind(500, "The model failed on this image", "error"),
-    "internal_error": Kind(500, "The server has a bug", "error"),
-    "not_ready": Kind(503, "The server cannot detect now", "unavailable"),
-    "deadline_exceeded": Kind(504, "The answer was not ready in time", "timeout"),
+PROBLEM_TYPES = {
+    "malformed_request": ProblemType(400, "The request cannot be read", "invalid"),
+    "unauthorized": ProblemType(401, "A valid API key is needed", "invalid"),
+    "not_found": ProblemType(404, "There is nothing at this path", "invalid"),
+    "method_not_allowed": ProblemType(405, "The path does not take this method", "invalid"),
+    "upload_timeout": ProblemType(408, "The body took too long to arrive", "timeout"),
+    "body_too_large": ProblemType(413, "The body is too large", "too_large"),
+    "too_many_pixels": ProblemType(413, "The image has too many pixels", "too_large"),
+    "unsupported_media_type": ProblemType(415, "The body comes in a form that is not read", "unsupported"),
+    "invalid_parameter": ProblemType(422, "A query parameter is not valid", "invalid"),
+    "invalid_image": ProblemType(422, "The image cannot be decoded", "invalid"),
+    "overloaded": ProblemType(429, "The server is at its limit: try again later", "overloaded"),
+    "client_closed_request": ProblemType(499, "The client closed the connection", "cancelled"),
+    "inference_failed": ProblemType(500, "The model failed on this image", "error"),
+    "internal_error": ProblemType(500, "The server has a bug", "error"),
+    "not_ready": ProblemType(503, "The server cannot detect now", "unavailable"),
+    "deadline_exceeded": ProblemType(504, "The answer was not ready in time", "timeout"),
 }
 
 CODES: dict[type[Exception], str] = {
@@ -83,7 +96,7 @@ CODES: dict[type[Exception], str] = {
     DeadlineExceeded: "deadline_exceeded",
 }
 
-OUTCOMES = {200: "ok"} | {kind.status: kind.outcome for kind in KINDS.values()}
+OUTCOME_OF_STATUS: dict[int, Outcome] = {200: "ok", **{kind.status: kind.outcome for kind in PROBLEM_TYPES.values()}}
 
 INTERNAL_DETAILS = {
     "inference_failed": "the model failed on this image; the server's log says why, under this request_id",
@@ -99,7 +112,7 @@ def code_of(error: BaseException) -> str:
 
 def problem(code: str, detail: str, request_id: str) -> dict[str, Any]:
     """The body of an error's answer."""
-    kind = KINDS[code]
+    kind = PROBLEM_TYPES[code]
     return {
         "type": f"urn:retinaserve:problem:{code}",
         "title": kind.title,
@@ -116,7 +129,7 @@ def problem_of(error: BaseException, request_id: str) -> dict[str, Any]:
 
 def headers_of(error: BaseException) -> dict[str, str]:
     """What the client should know beside the body."""
-    if isinstance(error, (QueueFull, UploadsBusy, NotReady)):
+    if isinstance(error, Refusal):
         return {"Retry-After": str(error.retry_after_seconds)}
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}

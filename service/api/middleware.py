@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import OUTCOMES, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
+from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
 from service.api.schemas import encode
 from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
@@ -30,11 +30,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 OPEN_PATHS = ("/healthz", "/readyz")
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
 """Logged at debug level while they answer 200."""
-DETECT_PATHS = ("/detect", "/detect/batch")
 
 
 @dataclass
-class Record:
+class RequestContext:
     """What is known of one request, for its answer and its log line."""
 
     request_id: str
@@ -43,66 +42,71 @@ class Record:
     """For the log."""
 
 
-def record_of(scope: Scope) -> Record:
-    record: Record = scope["state"]["record"]
-    return record
+def context_of(scope: Scope) -> RequestContext:
+    context: RequestContext = scope["state"]["context"]
+    return context
 
 
 class Observe:
     """Gives every request an id; counts and logs it when its answer begins: who has an answer finds it counted."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, routes: Collection[str], is_draining: Callable[[], bool]
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        paths: Collection[str],
+        detection_paths: Collection[str],
+        is_draining: Callable[[], bool],
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._routes = frozenset(routes)
+        self._paths = frozenset(paths)
+        self._detection_paths = detection_paths
         self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(self._request_id(Headers(scope=scope)))
-        scope.setdefault("state", {})["record"] = record
+        context = RequestContext(self._request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})["context"] = context
         answered = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
-                self._count(scope, record, message["status"])
+                self._count(scope, context, message["status"])
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = record.request_id
+                headers["X-Request-ID"] = context.request_id
                 if self._is_draining():
                     headers["Connection"] = "close"  # the next request shall go to another replica
             await send(message)
 
-        with self._metrics.http_in_flight.track_inprogress():
+        with self._metrics.http.in_flight.track_inprogress():
             try:
                 await self._app(scope, receive, send_with_id)
-            except (
-                Exception
-            ) as error:  # the outermost boundary: a bug is answered too, and its traceback is for the log
-                logger.exception("a request failed", extra={"fields": {"request_id": record.request_id}})
+            except Exception as error:  # the outermost boundary: a bug is logged, and answered too
+                logger.exception("a request failed", extra={"fields": {"request_id": context.request_id}})
                 if not answered:
-                    await problem_response(error, record.request_id)(scope, receive, send_with_id)
+                    await problem_response(error, context.request_id)(scope, receive, send_with_id)
 
     def _request_id(self, headers: Headers) -> str:
         given = headers.get("x-request-id", "")
         return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no secret
 
-    def _count(self, scope: Scope, record: Record, status: int) -> None:
-        seconds = time.perf_counter() - record.watch.started
+    def _count(self, scope: Scope, context: RequestContext, status: int) -> None:
+        seconds = time.perf_counter() - context.watch.started
         path, method = scope["path"], scope["method"]
-        route = path if path in self._routes else UNMATCHED
-        self._metrics.observe_http(method, route, status, seconds)
-        fields = {"request_id": record.request_id, "method": method, "route": route, "status": status}
-        if path in DETECT_PATHS and method == "POST":
-            fields["outcome"] = OUTCOMES[status]
-            self._metrics.requests.labels(OUTCOMES[status]).inc()
+        route = path if path in self._paths else UNMATCHED
+        self._metrics.http.observe(method, route, status, seconds)
+        fields = {"request_id": context.request_id, "method": method, "route": route, "status": status}
+        if path in self._detection_paths and method == "POST":
+            fields["outcome"] = outcome = OUTCOME_OF_STATUS[status]
+            self._metrics.requests.labels(outcome).inc()
         quiet = path in QUIET_PATHS and status == 200
-        fields |= {"duration_ms": round(seconds * 1000, 1)} | record.fields
+        fields |= {"duration_ms": round(seconds * 1000, 1)} | context.fields
         logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
 
 
@@ -152,21 +156,23 @@ class Shed:
     that refusing many takes little from those admitted. A body that is still arriving takes the long way: its
     connection can be used again."""
 
-    def __init__(self, app: ASGIApp, *, refusal: Callable[[], Exception | None]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, detection_paths: Collection[str], refusal: Callable[[], Exception | None]
+    ) -> None:
         self._app = app
+        self._detection_paths = detection_paths
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_detection = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in DETECT_PATHS
-        refusal = self._refusal() if is_detection else None
+        refusal = self._refusal() if self._is_detection(scope) else None
         if refusal is None:
             await self._app(scope, receive, send)
             return
         first = await receive()
         if first["type"] == "http.request" and not first.get("more_body", False):
-            record = record_of(scope)
-            record.fields["body_bytes"] = len(first.get("body", b""))
-            await problem_response(refusal, record.request_id)(scope, receive, send)
+            context = context_of(scope)
+            context.fields["body_bytes"] = len(first.get("body", b""))
+            await problem_response(refusal, context.request_id)(scope, receive, send)
             return
         unread = [first]
 
@@ -174,6 +180,9 @@ class Shed:
             return unread.pop() if unread else await receive()
 
         await self._app(scope, from_the_start, send)
+
+    def _is_detection(self, scope: Scope) -> bool:
+        return scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._detection_paths
 
 
 class RequireKey:
@@ -188,7 +197,7 @@ class RequireKey:
             await self._app(scope, receive, send)
             return
         error = Unauthorized("send a valid key as Authorization: Bearer KEY or as X-API-Key: KEY")
-        await problem_response(error, record_of(scope).request_id)(scope, receive, send)
+        await problem_response(error, context_of(scope).request_id)(scope, receive, send)
 
     def _is_allowed(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")

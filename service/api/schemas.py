@@ -4,7 +4,7 @@ Answers with hundreds of boxes are made as plain values and encoded at once; the
 holds the two together). Boxes are pixels of the upright original image.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,13 +12,13 @@ from pydantic.config import JsonDict
 from pydantic_core import to_json
 
 from model.metadata import AnchorConfig
+from service.config import Share
 from service.core.job import Detected
 from service.core.store import LoadedModel
 from service.metrics import STAGES
 
 BOX_DECIMALS = 3
 SCORE_DECIMALS = 6
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 DETECTION: JsonDict = {
     "label": "circle",
@@ -44,8 +44,6 @@ PROBLEM: JsonDict = {
     "detail": "the image is empty (0 bytes)",
     "request_id": "2f1d7e0c6a5b4c3d8e9f0a1b2c3d4e5f",
 }
-
-
 BATCH_ANSWER: JsonDict = {"results": [ANSWER, PROBLEM]}
 STATUS: JsonDict = {"status": "ready"}
 MODEL_CARD: JsonDict = {
@@ -71,20 +69,7 @@ MODEL_CARD: JsonDict = {
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class DetectQuery(Strict):
-    """The query wins over the server's setting, the setting over the model file."""
-
-    score_threshold: Share | None = Field(None, description="Keep detections that score above it. [0.05]")
-    nms_threshold: Share | None = Field(
-        None, description="Per class drop the lower scoring of two boxes of a larger IoU. [0.5]"
-    )
-    max_detections: int | None = Field(None, ge=1, le=5000, description="Keep this many, the best. [300]")
-    label: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="Keep these labels only; repeat it for several."
-    )
+    model_config = ConfigDict(extra="forbid")
 
 
 class Box(Strict):
@@ -124,7 +109,7 @@ class Timing(Strict):
 
 
 class Answer(Strict):
-    model_config = ConfigDict(json_schema_extra={"examples": [ANSWER]}, protected_namespaces=(), extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [ANSWER]})
     detections: list[Detection] = Field(description="Best score first; boxes in pixels of the upright image.")
     image: ImageSize
     model: ModelName
@@ -135,7 +120,7 @@ class Answer(Strict):
 class Problem(Strict):
     """RFC 9457."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [PROBLEM]}, extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [PROBLEM]})
     type: str
     title: str
     status: int
@@ -145,7 +130,7 @@ class Problem(Strict):
 
 
 class BatchAnswer(Strict):
-    model_config = ConfigDict(json_schema_extra={"examples": [BATCH_ANSWER]}, protected_namespaces=(), extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [BATCH_ANSWER]})
     results: list[Answer | Problem] = Field(description="One for each image, in order.")
 
 
@@ -176,7 +161,7 @@ class Thresholds(Strict):
 
 
 class ModelCard(Strict):
-    model_config = ConfigDict(json_schema_extra={"examples": [MODEL_CARD]}, protected_namespaces=(), extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [MODEL_CARD]})
     name: str
     sha256: str
     labels: list[LabelEntry]
@@ -193,7 +178,7 @@ class ModelCard(Strict):
 
 
 class Status(Strict):
-    model_config = ConfigDict(json_schema_extra={"examples": [STATUS]}, extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"examples": [STATUS]})
     status: str
 
 

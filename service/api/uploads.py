@@ -17,6 +17,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 
+from service.core.refusals import Refusal
+
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 FIELD = "image"
@@ -41,8 +43,8 @@ class UploadTimeout(Exception):
     """The body did not arrive in time: send it faster, or again."""
 
 
-class UploadsBusy(Exception):
-    """Too many bytes are being received at once: send it again after `retry_after_seconds`."""
+class UploadsBusy(Refusal):
+    """Too many bytes are being received at once: send it again later."""
 
     retry_after_seconds = 1
 

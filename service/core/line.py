@@ -22,12 +22,13 @@ from queue import Empty, SimpleQueue
 from service.core.choice import Decode, End, Finish, Run, Step, Wait, Waiting, Work, choose
 from service.core.job import DeadlineExceeded, Job, State
 from service.core.rate import DrainRate
+from service.core.refusals import Refusal
 from service.core.store import LoadedModel
 
 MAX_RETRY_AFTER_SECONDS = 60
 
 
-class QueueFull(Exception):
+class QueueFull(Refusal):
     """No place is free, or the wait would exceed the deadline. Try again after `retry_after_seconds`."""
 
     def __init__(self, message: str, retry_after_seconds: int) -> None:

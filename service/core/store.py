@@ -6,7 +6,6 @@ one serving. The loader looks for a changed file (same size, time and inode over
 left alone) and reloads on request.
 """
 
-import gc
 import logging
 import os
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
 from model.sessions import CPU
+from service.core.refusals import Refusal
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
 """Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
 
 
-class NotReady(Exception):
+class NotReady(Refusal):
     """No model serves now: loading, or the device is lost. Try later, or another replica."""
 
     retry_after_seconds = 2
@@ -88,9 +88,10 @@ class ModelStore:
             raise NotReady("the model is being loaded")
         return self.current
 
-    def start(self, on_failure: Callable[[str], None]) -> None:
-        """Load, then watch the file. `on_failure` gets the reason if the first load fails, on the loader's thread."""
-        threading.Thread(target=self._live, args=(on_failure,), name="model loader", daemon=True).start()
+    def start(self, on_failure: Callable[[str], None], on_loaded: Callable[[], None] = lambda: None) -> None:
+        """Load, then watch the file. One of the two is called, on the loader's thread, after the first load;
+        `on_failure` with the reason."""
+        threading.Thread(target=self._live, args=(on_failure, on_loaded), name="model loader", daemon=True).start()
 
     def close(self) -> None:
         self._closing = True
@@ -154,7 +155,7 @@ class ModelStore:
         if detector.fell_back:
             logger.warning("CUDA was wanted and cannot be used: the model runs on the CPU")
 
-    def _live(self, on_failure: Callable[[str], None]) -> None:
+    def _live(self, on_failure: Callable[[str], None], on_loaded: Callable[[], None]) -> None:
         tried = seen = self._stamp()
         try:
             self.load()
@@ -163,8 +164,7 @@ class ModelStore:
                 logger.exception("the model cannot be loaded")
             on_failure(str(error))
             return
-        gc.collect()
-        gc.freeze()  # what there is now stays: looking through it for garbage would stop every thread for tens of ms
+        on_loaded()
         while True:
             self._wake.wait(self._poll_seconds or None)
             self._wake.clear()

@@ -1,5 +1,7 @@
 """The command, as a process of its own: start, signals, drain, reload, logs."""
 
+import asyncio
+import gc
 import json
 import os
 import shutil
@@ -7,11 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
+from service.__main__ import serve
+from service.config import Settings
 from tests.support.serving import ServerProcess, picture, server_process, wait_until
 from tests.support.tiny_model import write_tiny_model
 
@@ -135,6 +140,25 @@ def test_while_the_model_loads_it_is_alive_but_not_ready_and_can_be_stopped(tmp_
         assert "retry-after" in answer.headers
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
+
+
+def test_what_the_first_load_leaves_is_not_searched_for_garbage_again(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny.onnx")
+    gc.unfreeze()
+
+    def stop_when_frozen() -> None:
+        try:
+            wait_until(lambda: gc.get_freeze_count() > 0)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor() as pool:
+        stopped = pool.submit(stop_when_frozen)
+        try:
+            assert asyncio.run(serve(Settings(model=tmp_path / "tiny.onnx", port=0))) == (0, False)
+            stopped.result()
+        finally:
+            gc.unfreeze()
 
 
 @pytest.mark.slow

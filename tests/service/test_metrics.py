@@ -3,11 +3,12 @@
 import shutil
 import subprocess
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import DEVICE_ERROR_KINDS, OUTCOMES, RELOAD_OUTCOMES, STAGES
+from service.metrics import DEVICE_ERROR_KINDS, RELOAD_OUTCOMES, STAGES, Outcome
 from tests.support.serving import FakeDetector, Serving, picture, serving
 
 PNG = {"Content-Type": "image/png"}
@@ -30,7 +31,7 @@ def series(server: Serving) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
 
 def test_every_label_value_is_there_before_the_first_request(server: Serving) -> None:
     there = series(server)
-    assert {("retinaserve_requests_total", (("outcome", value),)) for value in OUTCOMES} <= there
+    assert {("retinaserve_requests_total", (("outcome", value),)) for value in get_args(Outcome)} <= there
     assert {("retinaserve_stage_duration_seconds_count", (("stage", value),)) for value in STAGES} <= there
     assert {("retinaserve_device_errors_total", (("kind", value),)) for value in DEVICE_ERROR_KINDS} <= there
     assert {("retinaserve_model_reloads_total", (("outcome", value),)) for value in RELOAD_OUTCOMES} <= there

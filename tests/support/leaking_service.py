@@ -8,7 +8,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 
 from service import __main__ as program
-from service.api import app, uploads
+from service.api import uploads
 
 kept: list[bytes] = []
 LEAKS: dict[str, Callable[[], object]] = {
@@ -34,5 +34,5 @@ class LeakingUploads(uploads.Uploads):
 
 
 if __name__ == "__main__":
-    app.Uploads = LeakingUploads  # type: ignore[attr-defined]
+    program.Uploads = LeakingUploads  # type: ignore[misc]
     sys.exit(program.main(sys.argv[2:]))

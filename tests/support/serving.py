@@ -25,12 +25,9 @@ from PIL import Image
 from model.detector import Detector
 from model.metadata import AnchorConfig, Label, ModelMetadata, ResizePolicy
 from model.types import Candidates, CanvasImage
-from service.__main__ import Server, uvicorn_config
-from service.api.app import Service
+from service.__main__ import Server, build_service, uvicorn_config
+from service.api.service import Service
 from service.config import Settings
-from service.core.engine import Engine
-from service.core.store import ModelStore
-from service.metrics import Metrics
 from tests.support.tiny_model import write_tiny_model
 
 START_SECONDS = 30
@@ -137,23 +134,11 @@ class Serving:
 @contextlib.contextmanager
 def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[Serving]:
     """uvicorn on a free port of this process, around a detector of yours."""
-    given = {"port": 0, "model": Path("fake.onnx"), "model_poll_seconds": 0} | settings
-    values = Settings(**given)  # type: ignore[arg-type]
-    metrics = Metrics()
-    store = ModelStore(values.model_file, lambda path: detector, metrics, max_batch_size=values.max_batch_size)  # type: ignore[arg-type, return-value]
-    engine = Engine(
-        store,
-        metrics,
-        queue_capacity=values.queue_capacity,
-        max_batch_delay_seconds=values.max_batch_delay_seconds,
-        runs_at_once=values.runs_at_once or 1,
-        decode_threads=2,
-        max_image_pixels=values.max_image_pixels,
-    )
-    service = Service(values, store, engine, metrics)
-    store.load()
-    engine.start()
-    config = uvicorn_config(service, values)
+    given = {"model": Path("fake.onnx"), "model_poll_seconds": 0, "runs_at_once": 1, "decode_threads": 2} | settings
+    service = build_service(Settings(**given), lambda path: detector)  # type: ignore[arg-type, return-value]
+    service.store.load()
+    service.engine.start()
+    config = uvicorn_config(service)
     config.host, config.port = "127.0.0.1", 0
     server = Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
@@ -169,7 +154,7 @@ def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[S
         server.should_exit = True
         thread.join(START_SECONDS)
         assert not thread.is_alive()
-        assert engine.close()
+        assert service.engine.close()
 
 
 @dataclass

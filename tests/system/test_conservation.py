@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api.errors import OUTCOMES
+from service.api.errors import OUTCOME_OF_STATUS
 from tests.support.faulty_models import write_slow_model
 from tests.support.load import PNG, Reply, Scrape, ask, blocks, connected, request_head
 from tests.support.serving import ServerProcess, server_process, wait_until
@@ -57,7 +57,7 @@ class Clients:
         request_id = uuid.uuid4().hex
         reply = ask(self.url, path, body, {"X-Request-ID": request_id} | headers)
         assert reply.headers["x-request-id"] == request_id
-        self.ledger.write(request_id, OUTCOMES[reply.status])
+        self.ledger.write(request_id, OUTCOME_OF_STATUS[reply.status])
         return reply
 
     def good(self) -> Reply:

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from model.detector import Detector
-from service.api.app import picture_wanted
-from service.api.errors import KINDS
-from service.api.schemas import Answer, BatchAnswer, DetectQuery, ModelCard, Problem, Status
+from service.api.errors import PROBLEM_TYPES
+from service.api.parameters import DetectQuery
+from service.api.replies import picture_wanted
+from service.api.schemas import Answer, BatchAnswer, ModelCard, Problem, Status
 from tests.support.serving import FakeDetector, Serving, picture, serving
 from tests.support.tiny_model import write_tiny_model
 
@@ -39,7 +40,7 @@ def assert_problem(response: httpx.Response, status: int, code: str) -> Problem:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     problem = Problem.model_validate(response.json())
-    assert (problem.code, problem.status, problem.title) == (code, status, KINDS[code].title)
+    assert (problem.code, problem.status, problem.title) == (code, status, PROBLEM_TYPES[code].title)
     assert problem.request_id == response.headers["x-request-id"]
     return problem
 

@@ -1,15 +1,17 @@
 """The table of problems is whole."""
 
+from typing import get_args
+
 import pytest
 
 from model.detector import InferenceFailed
 from model.image import InvalidImage, TooManyPixels
-from service.api.errors import CODES, KINDS, OUTCOMES, Unauthorized, code_of, headers_of, problem_of
+from service.api.errors import CODES, OUTCOME_OF_STATUS, PROBLEM_TYPES, Unauthorized, code_of, headers_of, problem_of
 from service.api.schemas import Problem
 from service.api.uploads import UploadsBusy
 from service.core.line import QueueFull
 from service.core.store import NotReady
-from service.metrics import OUTCOMES as METRIC_OUTCOMES
+from service.metrics import Outcome
 
 CONTRACT = {
     "malformed_request": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "upload_timeout": 408,
@@ -19,18 +21,18 @@ CONTRACT = {
 
 
 def test_the_codes_have_the_statuses_promised() -> None:
-    ours = {code: kind.status for code, kind in KINDS.items()}
+    ours = {code: kind.status for code, kind in PROBLEM_TYPES.items()}
     assert ours == CONTRACT | {"internal_error": 500, "client_closed_request": 499}
 
 
 def test_every_status_has_one_outcome_that_the_metrics_know() -> None:
-    for kind in KINDS.values():
-        assert OUTCOMES[kind.status] == kind.outcome
-    assert set(OUTCOMES.values()) == set(METRIC_OUTCOMES)
+    for kind in PROBLEM_TYPES.values():
+        assert OUTCOME_OF_STATUS[kind.status] == kind.outcome
+    assert set(OUTCOME_OF_STATUS.values()) == set(get_args(Outcome))
 
 
 def test_every_exception_has_a_code_of_the_table() -> None:
-    assert set(CODES.values()) <= set(KINDS)
+    assert set(CODES.values()) <= set(PROBLEM_TYPES)
 
 
 @pytest.mark.parametrize(

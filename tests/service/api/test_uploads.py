@@ -73,7 +73,7 @@ def test_an_early_refusal_reaches_a_client_that_sends_its_whole_body_first(serve
 
 
 def test_a_body_that_will_not_fit_into_the_total_takes_no_room_from_others(server: Serving) -> None:
-    uploads = server.service._uploads
+    uploads = server.service.uploads
     with connected(server) as holding, connected(server) as refused:
         holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
         wait_until(lambda: uploads.bytes_in_flight == 900_000)
@@ -86,7 +86,7 @@ def test_a_body_that_will_not_fit_into_the_total_takes_no_room_from_others(serve
 def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server: Serving, framing: bytes) -> None:
     with connected(server) as holding, connected(server) as refused:
         holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
-        uploads = server.service._uploads
+        uploads = server.service.uploads
         wait_until(lambda: uploads.bytes_in_flight == 900_000)
         assert server.metric("retinaserve_upload_bytes_in_flight") == 900_000
         refused.sendall(HEAD + framing + b"\0" * 400_000)

@@ -1,6 +1,5 @@
 """The model's life: loaded, swapped, refused, watched; with detectors made by hand."""
 
-import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -211,15 +210,3 @@ def test_a_symbolic_link_that_is_pointed_elsewhere_counts_as_a_change(tmp_path: 
     (tmp_path / "new").replace(link)
     wait_until(lambda: store.serving().name == "second")
     store.close()
-
-
-def test_what_the_first_load_leaves_is_not_searched_for_garbage_again(tmp_path: Path) -> None:
-    (tmp_path / "model").write_text("one")
-    store, _ = make_store(tmp_path / "model", Opener())
-    gc.unfreeze()
-    store.start(pytest.fail)
-    try:
-        wait_until(lambda: gc.get_freeze_count() > 0)
-    finally:
-        store.close()
-        gc.unfreeze()

@@ -1,0 +1,81 @@
+"""The query of a detection → the options of its jobs: read, checked, and completed where it says nothing."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.datastructures import QueryParams
+
+from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ModelMetadata
+from service.api.errors import InvalidParameter
+from service.api.schemas import Strict, Thresholds
+from service.config import OPTION_TEXTS, DetectionCount, Settings, Share
+from service.core.job import Options
+from service.core.store import LoadedModel
+
+SHOWN_LABELS = 20
+
+Value = TypeVar("Value", int, float)
+
+
+def _text(name: str, default: float) -> str:
+    text = OPTION_TEXTS[name]
+    return f"{text[0].upper()}{text[1:]}. [{default}]"
+
+
+class DetectQuery(Strict):
+    """The query wins over the server's setting, the setting over the model file."""
+
+    score_threshold: Share | None = Field(None, description=_text("score_threshold", SCORE_THRESHOLD))
+    nms_threshold: Share | None = Field(None, description=_text("nms_threshold", NMS_THRESHOLD))
+    max_detections: DetectionCount | None = Field(None, description=_text("max_detections", MAX_DETECTIONS))
+    label: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Keep these labels only; repeat it for several."
+    )
+
+
+def read_query(parameters: QueryParams) -> DetectQuery:
+    """Take the last of a value given twice. InvalidParameter: mend the query."""
+    values: dict[str, Any] = dict(parameters)
+    if "label" in values:
+        values["label"] = parameters.getlist("label")
+    try:
+        return DetectQuery.model_validate(values)
+    except ValidationError as error:
+        raise InvalidParameter("; ".join(map(_explain, error.errors()))) from error
+
+
+def thresholds(settings: Settings, metadata: ModelMetadata) -> Thresholds:
+    """What holds where the query says nothing: the settings, then the model file."""
+    return Thresholds(
+        score_threshold=_first(settings.score_threshold, metadata.score_threshold),
+        nms_threshold=_first(settings.nms_threshold, metadata.nms_threshold),
+        max_detections=_first(settings.max_detections, metadata.max_detections),
+    )
+
+
+def options(query: DetectQuery, settings: Settings, model: LoadedModel) -> Options:
+    """Complete the query. InvalidParameter: the model has no such label."""
+    defaults = thresholds(settings, model.detector.metadata)
+    unknown = [label for label in query.label if label not in model.label_ids]
+    if unknown:
+        known = list(model.label_ids)
+        more = f" and {len(known) - SHOWN_LABELS} more" if len(known) > SHOWN_LABELS else ""
+        raise InvalidParameter(f"label: {unknown[0]!r} is not one of {', '.join(known[:SHOWN_LABELS])}{more}")
+    return Options(
+        score_threshold=_first(query.score_threshold, defaults.score_threshold),
+        nms_threshold=_first(query.nms_threshold, defaults.nms_threshold),
+        max_detections=_first(query.max_detections, defaults.max_detections),
+        label_ids=frozenset(model.label_ids[label] for label in query.label) or None,
+    )
+
+
+def _first(given: Value | None, default: Value) -> Value:
+    return default if given is None else given
+
+
+def _explain(error: ErrorDetails) -> str:
+    name = error["loc"][0]
+    if error["type"] == "extra_forbidden":
+        return f"{name}: there is no such parameter; there are {', '.join(DetectQuery.model_fields)}"
+    return f"{name}: {error['msg']}, not {error['input']!r}"
