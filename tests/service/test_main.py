@@ -17,10 +17,9 @@ import pytest
 
 from service.__main__ import serve
 from service.config import Settings
+from tests.support.load import PNG
 from tests.support.serving import ServerProcess, picture, server_process, wait_until
 from tests.support.tiny_model import write_tiny_model
-
-PNG = {"Content-Type": "image/png"}
 
 
 def detect(server: ServerProcess, **options: object) -> httpx.Response:

@@ -9,9 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import DEVICE_ERROR_KINDS, RELOAD_OUTCOMES, STAGES, Outcome
+from tests.support.load import PNG
 from tests.support.serving import FakeDetector, Serving, picture, serving
-
-PNG = {"Content-Type": "image/png"}
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from model.detector import Detector
 from model.metadata import AnchorConfig, Label, ModelMetadata, ResizePolicy
 from model.types import Candidates, CanvasImage
 from service.__main__ import Server, build_service, uvicorn_config
+from service.api.errors import PROBLEM_TYPES
+from service.api.schemas import Problem
 from service.api.service import Service
 from service.config import Settings
 from tests.support.tiny_model import write_tiny_model
@@ -155,6 +157,19 @@ def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[S
         thread.join(START_SECONDS)
         assert not thread.is_alive()
         assert service.engine.close()
+
+
+def detect(server: Serving, **request: object) -> httpx.Response:
+    return server.client.post("/detect", **request)  # type: ignore[arg-type]
+
+
+def assert_problem(response: httpx.Response, status: int, code: str) -> Problem:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = Problem.model_validate(response.json())
+    assert (problem.code, problem.status, problem.title) == (code, status, PROBLEM_TYPES[code].title)
+    assert problem.request_id == response.headers["x-request-id"]
+    return problem
 
 
 @dataclass
