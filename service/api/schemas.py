@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic_core import to_json
 
-from model.metadata import AnchorConfig
+from model.metadata import AnchorConfig, Label, ResizePolicy
 from service.config import Share
 from service.core.job import Detected
 from service.core.store import LoadedModel
@@ -134,26 +134,6 @@ class BatchAnswer(Strict):
     results: list[Answer | Problem] = Field(description="One for each image, in order.")
 
 
-class LabelEntry(Strict):
-    class_id: int
-    label: str
-
-
-class Resize(Strict):
-    shorter_side: int
-    longest_side: int
-    divisor: int
-
-
-class Anchors(Strict):
-    base_sizes: list[float] = Field(
-        description="Canvas pixels; side of each level's square anchor, lowest level first."
-    )
-    scales: list[float]
-    aspect_ratios: list[float] = Field(description="Height over width.")
-    lowest_level: int
-
-
 class Thresholds(Strict):
     score_threshold: float
     nms_threshold: float
@@ -161,14 +141,14 @@ class Thresholds(Strict):
 
 
 class ModelCard(Strict):
-    model_config = ConfigDict(json_schema_extra={"examples": [MODEL_CARD]})
+    model_config = ConfigDict(json_schema_extra={"examples": [MODEL_CARD]}, use_attribute_docstrings=True)
     name: str
     sha256: str
-    labels: list[LabelEntry]
+    labels: tuple[Label, ...]
     architecture: str
     precision: str
-    resize: Resize
-    anchors: Anchors | None = Field(description="None: the file was exported before it carried them.")
+    resize: ResizePolicy
+    anchors: AnchorConfig | None = Field(description="None: the file was exported before it carried them.")
     defaults: Thresholds = Field(description="What holds where the query says nothing.")
     device_requested: str
     provider: str = Field(description="ONNX Runtime's name of what computes.")
@@ -220,29 +200,16 @@ def encode(value: Any) -> bytes:
     return to_json(value)
 
 
-def _anchors(config: AnchorConfig) -> Anchors:
-    return Anchors(
-        base_sizes=list(config.base_sizes),
-        scales=list(config.scales),
-        aspect_ratios=list(config.aspect_ratios),
-        lowest_level=config.lowest_level,
-    )
-
-
 def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
     detector, metadata = model.detector, model.detector.metadata
     return ModelCard(
         name=metadata.name,
         sha256=detector.sha256,
-        labels=[LabelEntry(class_id=label.class_id, label=label.label) for label in metadata.labels],
+        labels=metadata.labels,
         architecture=metadata.architecture,
         precision=metadata.precision,
-        resize=Resize(
-            shorter_side=metadata.resize.shorter_side,
-            longest_side=metadata.resize.longest_side,
-            divisor=metadata.resize.divisor,
-        ),
-        anchors=None if metadata.anchors is None else _anchors(metadata.anchors),
+        resize=metadata.resize,
+        anchors=metadata.anchors,
         defaults=defaults,
         device_requested=detector.device_requested,
         provider=detector.provider,

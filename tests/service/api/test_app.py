@@ -17,7 +17,7 @@ def test_the_model_describes_itself(server: Serving) -> None:
     assert (card.name, card.provider, card.device_requested) == ("fake", "CPUExecutionProvider", "auto")
     assert [(entry.class_id, entry.label) for entry in card.labels] == [(1, "circle"), (2, "square")]
     assert card.anchors is not None
-    assert (card.anchors.base_sizes, card.anchors.lowest_level) == ([20, 40], 3)
+    assert (card.anchors.base_sizes, card.anchors.lowest_level) == ((20, 40), 3)
 
 
 def test_probes_answer_get_and_head(server: Serving) -> None:
