@@ -138,9 +138,16 @@ class Lifecycle:
 def build_service(settings: Settings, open_detector: Callable[[Path], Detector] | None = None) -> Service:
     """Make the parts of the service and start none; without an opener, models are opened as the settings say."""
     metrics = Metrics()
+    default_opener = functools.partial(
+        Detector,
+        device=settings.device,
+        threads=settings.threads,
+        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        runs_at_once=settings.runs_at_once,
+    )
     store = ModelStore(
         settings.model_file,
-        open_detector or detector_opener(settings),
+        open_detector or default_opener,
         metrics,
         sha256=settings.model_sha256,
         poll_seconds=settings.model_poll_seconds,
@@ -164,16 +171,6 @@ def build_service(settings: Settings, open_detector: Callable[[Path], Detector] 
     metrics.upload_bytes_in_flight.set_function(lambda: uploads.bytes_in_flight)
     metrics.ready.set_function(lambda: service.why_not_ready() is None)
     return service
-
-
-def detector_opener(settings: Settings) -> Callable[[Path], Detector]:
-    return functools.partial(
-        Detector,
-        device=settings.device,
-        threads=settings.threads,
-        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
-        runs_at_once=settings.runs_at_once,
-    )
 
 
 def uvicorn_config(service: Service) -> uvicorn.Config:

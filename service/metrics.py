@@ -4,7 +4,8 @@
 Stage and request durations are observed for images and requests that were answered.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ from prometheus_client import (
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and no query of ours reads them
 
+NAMESPACE = "retinaserve"
 STAGES = ("read", "decode", "preprocess", "queue", "inference", "postprocess", "encode")
 Outcome = Literal[
     "ok", "invalid", "too_large", "unsupported", "overloaded", "timeout", "cancelled", "unavailable", "error"
@@ -45,13 +47,12 @@ class HttpMetrics:
     """Of every request, whatever its route."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "http_requests_total", "HTTP requests.", ["method", "route", "status"], registry=registry
-        )
+        labels = ["method", "route"]
+        self.requests = Counter("http_requests_total", "HTTP requests.", [*labels, "status"], registry=registry)
         self.duration = Histogram(
             "http_request_duration_seconds",
             "Time from a request's headers to its answer.",
-            ["method", "route"],
+            labels,
             buckets=HTTP_SECONDS,
             registry=registry,
         )
@@ -75,43 +76,59 @@ class HttpMetrics:
 
 class Metrics:
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        counter, histogram, gauge = self._counter, self._histogram, self._gauge
+        self.registry = registry = CollectorRegistry()
+        counter = partial(Counter, namespace=NAMESPACE, registry=registry)
+        gauge = partial(Gauge, namespace=NAMESPACE, registry=registry)
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=registry)
+        info = partial(Info, namespace=NAMESPACE, registry=registry)
 
-        self.requests = counter("requests", "Detection requests, once each, a batch too.", "outcome", get_args(Outcome))
-        self.stage_duration = Histogram(
-            "retinaserve_stage_duration_seconds",
+        self.requests = counter("requests_total", "Detection requests, once each, a batch too.", ["outcome"])
+        self.stage_duration = histogram(
+            "stage_duration_seconds",
             "Time of one image in each stage, of images that were answered.",
             ["stage"],
             buckets=STAGE_SECONDS,
-            registry=self.registry,
         )
         self._stage_durations = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         self.request_duration = histogram(
-            "request_duration_seconds", "Time from request to encoded answer, of answered requests.", STAGE_SECONDS
+            "request_duration_seconds",
+            "Time from request to encoded answer, of answered requests.",
+            buckets=STAGE_SECONDS,
         )
-        self.batch_size = histogram("batch_size", "Images in each run of the device.", BATCH_SIZES)
-        self.images = counter("images", "Images answered with detections.")
-        self.detections = counter("detections", "Detections in answers.")
-        self.image_pixels = histogram("image_pixels", "Pixels of each image answered.", PIXELS)
-        self.detections_per_image = histogram("detections_per_image", "Detections of each image answered.", DETECTIONS)
+        self.batch_size = histogram("batch_size", "Images in each run of the device.", buckets=BATCH_SIZES)
+        self.images = counter("images_total", "Images answered with detections.")
+        self.detections = counter("detections_total", "Detections in answers.")
+        self.image_pixels = histogram("image_pixels", "Pixels of each image answered.", buckets=PIXELS)
+        self.detections_per_image = histogram(
+            "detections_per_image", "Detections of each image answered.", buckets=DETECTIONS
+        )
 
         self.queue_depth = gauge("queue_depth", "Places taken: images admitted and not yet through the device.")
         self.queue_capacity = gauge("queue_capacity", "Places there are: images beyond are refused with 429.")
         self.upload_bytes_in_flight = gauge("upload_bytes_in_flight", "Bytes of bodies that have begun to arrive.")
         self.requests_running = gauge("requests_running", "Images on the device now.")
 
-        self.model_info = Info("retinaserve_model", "The model that serves.", registry=self.registry)
-        self.build_info = Info("retinaserve_build", "The program that serves.", registry=self.registry)
-        self.build_info.info({"version": program_version()})
+        self.model_info = info("model", "The model that serves.")
+        info("build", "The program that serves.").info({"version": program_version()})
         self.ready = gauge("ready", "1 while /readyz answers 200.")
         self.provider_fallback = gauge("provider_fallback", "1 if a GPU was wanted and the CPU computes.")
         self.model_load_seconds = gauge("model_load_seconds", "Time to open and verify the model that serves.")
         self.warmup_seconds = gauge("warmup_seconds", "Time to warm up the model that serves.")
-        self.model_reloads = counter("model_reloads", "Reloads of the model.", "outcome", RELOAD_OUTCOMES)
-        self.device_errors = counter("device_errors", "Runs that failed.", "kind", DEVICE_ERROR_KINDS)
+        self.model_reloads = counter("model_reloads_total", "Reloads of the model.", ["outcome"])
+        self.device_errors = counter("device_errors_total", "Runs that failed.", ["kind"])
 
-        self.http = HttpMetrics(self.registry)
+        self.http = HttpMetrics(registry)
+        self._make_series()
+
+    def _make_series(self) -> None:
+        """Make every value of the labels, so that rates have a zero to begin with, and the process's own series."""
+        for metric, values in (
+            (self.requests, get_args(Outcome)),
+            (self.model_reloads, RELOAD_OUTCOMES),
+            (self.device_errors, DEVICE_ERROR_KINDS),
+        ):
+            for value in values:
+                metric.labels(value)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -133,19 +150,6 @@ class Metrics:
     def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
-
-    def _counter(self, name: str, text: str, label: str = "", values: Collection[str] = ()) -> Counter:
-        """A counter; with a label, a series for each of its values from the start."""
-        made = Counter(f"retinaserve_{name}_total", text, [label] if label else [], registry=self.registry)
-        for value in values:
-            made.labels(value)
-        return made
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"retinaserve_{name}", text, buckets=buckets, registry=self.registry)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"retinaserve_{name}", text, registry=self.registry)
 
 
 def program_version() -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -18,10 +19,10 @@ from starlette.types import ASGIApp
 
 from service.api.detection import Detection
 from service.api.errors import CODES, PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
-from service.api.middleware import Linger, Observe, RequireKey, Shed, context_of, problem_response
-from service.api.openapi import DETECTION, EVERYWHERE, add_detection, problems
+from service.api.middleware import DETECTION_PATHS, Linger, Observe, RequireKey, Shed, context_of, problem_response
+from service.api.openapi import EVERYWHERE, add_detection, problems
 from service.api.parameters import thresholds
-from service.api.schemas import ModelCard, Status, encode, model_card
+from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
 from service.core.store import NotReady
 from service.metrics import METHODS, UNMATCHED, HttpMetrics, program_version
@@ -63,17 +64,11 @@ def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
         expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
     )
     return [
-        Middleware(
-            Observe,
-            metrics=service.metrics,
-            paths=paths,
-            detection_paths=DETECTION,
-            is_draining=lambda: service.draining,
-        ),
+        Middleware(Observe, metrics=service.metrics, paths=paths, is_draining=lambda: service.draining),
         Middleware(Linger, seconds=settings.upload_timeout_seconds),
         *([cross_origin] if settings.cors_origins else []),
         *([Middleware(RequireKey, keys=keys)] if keys else []),
-        Middleware(Shed, detection_paths=DETECTION, refusal=service.refusal),
+        Middleware(Shed, refusal=service.refusal),
     ]
 
 
@@ -118,7 +113,7 @@ def _add_errors(api: FastAPI) -> None:
         codes = (code for code, kind in PROBLEM_TYPES.items() if kind.status == error.status_code)
         detail = f"{request.method} {request.url.path}"
         body = problem(next(codes, "malformed_request"), detail, context_of(request.scope).request_id)
-        return Response(encode(body), body["status"], error.headers, PROBLEM_MEDIA_TYPE)
+        return Response(to_json(body), body["status"], error.headers, PROBLEM_MEDIA_TYPE)
 
     for kind in (*CODES, Exception):  # FastAPI raises the last on, for Observe to log
         api.add_exception_handler(kind, known)
@@ -139,6 +134,6 @@ def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
 
 
 def _statuses(path: str) -> tuple[int, ...]:
-    if path in DETECTION:
+    if path in DETECTION_PATHS:
         return (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
     return 200, 401, 500, 503

@@ -6,22 +6,21 @@ that the event loop has for one.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from service.api.answers import answers_of
 from service.api.errors import problem_of
-from service.api.middleware import context_of
-from service.api.openapi import DETECT, DETECT_BATCH
+from service.api.middleware import DETECT, DETECT_BATCH, context_of
 from service.api.parameters import options, read_query
 from service.api.replies import Reply, as_json, as_picture, picture_wanted
-from service.api.schemas import encode
 from service.api.service import Service
 from service.config import MAX_BATCH_IMAGES
-from service.core.job import Finish, Options
-from service.core.store import LoadedModel
+from service.core.job import Finish
 
 
 class Detection:
@@ -40,78 +39,59 @@ class Detection:
 
     async def detect(self, request: Request) -> Response:
         """Answer one image with its detections or its drawing."""
-        model, asked = self._asked(request)
-        [image] = await self._receive(request, max_images=1)
-        finish: Finish = partial(as_json, request_id=context_of(request.scope).request_id)
         picture_format = picture_wanted(request.headers.get("accept", ""))
-        if picture_format is not None:
+        if picture_format is None:
+            [reply] = await self._replies(request, self._as_json(request), max_images=1)
+        else:
             max_pixels = self._service.settings.max_image_pixels
             finish = partial(as_picture, max_pixels=max_pixels, picture_format=picture_format)
-        drawn = picture_format is not None
-        [reply] = await self._answers(request, [image], model, asked, finish, draws=drawn)
+            [reply] = await self._replies(request, finish, max_images=1, draws=True)
         if isinstance(reply, BaseException):
             raise reply
-        self._note(request, [reply])
         timing = ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in reply.timing.items())
         return Response(reply.body, media_type=reply.media_type, headers={"Server-Timing": timing, "Vary": "Accept"})
 
     async def detect_batch(self, request: Request) -> Response:
         """Answer each of up to 16 images with its detections or its problem."""
-        model, asked = self._asked(request)
-        images = await self._receive(request, max_images=self._max_batch_images)
+        replies = await self._replies(request, self._as_json(request), max_images=self._max_batch_images)
         request_id = context_of(request.scope).request_id
-        replies = await self._answers(request, images, model, asked, partial(as_json, request_id=request_id))
-        self._note(request, [reply for reply in replies if isinstance(reply, Reply)])
-        parts = [reply.body if isinstance(reply, Reply) else encode(problem_of(reply, request_id)) for reply in replies]
+        parts = (
+            reply.body if isinstance(reply, Reply) else to_json(problem_of(reply, request_id)) for reply in replies
+        )
         return Response(b'{"results":[' + b",".join(parts) + b"]}", media_type="application/json")
 
-    def _asked(self, request: Request) -> tuple[LoadedModel, Options]:
-        """The model that serves, and what the query asks of it. NotReady, InvalidParameter."""
-        model = self._service.store.serving()
-        return model, options(read_query(request.query_params), self._service.settings, model)
+    def _as_json(self, request: Request) -> Finish:
+        return partial(as_json, request_id=context_of(request.scope).request_id)
 
-    async def _receive(self, request: Request, max_images: int) -> list[bytearray]:
-        images, size = await self._service.uploads.receive(request.headers, request.receive, max_images=max_images)
-        context = context_of(request.scope)
+    async def _replies(
+        self, request: Request, finish: Finish, *, max_images: int, draws: bool = False
+    ) -> list[Reply | BaseException]:
+        """What became of each image, in order. Raises what befalls the whole request."""
+        service, context = self._service, context_of(request.scope)
+        model = service.store.serving()
+        asked = options(read_query(request.query_params), service.settings, model)
+        images, size = await service.uploads.receive(request.headers, request.receive, max_images=max_images)
         context.watch.lap("read")
         context.fields["body_bytes"] = size
-        self._service.metrics.http.request_size.observe(size)
-        return images
-
-    async def _answers(
-        self,
-        request: Request,
-        images: Sequence[bytearray],
-        model: LoadedModel,
-        asked: Options,
-        finish: Finish,
-        *,
-        draws: bool = False,
-    ) -> list[Reply | BaseException]:
-        """What became of each image, in order. QueueFull, ClientGone."""
-        engine, timeout_seconds = self._service.engine, self._service.settings.request_timeout_seconds
-        jobs = engine.submit(
-            images,
-            model,
-            asked,
-            finish,
-            timeout_seconds=timeout_seconds,
-            watch=context_of(request.scope).watch,
-            draws=draws,
+        service.metrics.http.request_size.observe(size)
+        timeout_seconds = service.settings.request_timeout_seconds
+        jobs = service.engine.submit(
+            images, model, asked, finish, timeout_seconds=timeout_seconds, watch=context.watch, draws=draws
         )
-        return await answers_of(jobs, request.receive, timeout_seconds, engine.cancel)
+        replies = await answers_of(jobs, request.receive, timeout_seconds, service.engine.cancel)
+        if answered := [reply for reply in replies if isinstance(reply, Reply)]:
+            service.metrics.request_duration.observe(max(reply.detected.watch.total for reply in answered))
+            context.fields |= _log_fields(answered)
+        return replies
 
-    def _note(self, request: Request, replies: Sequence[Reply]) -> None:
-        """Count the request's duration; leave what its log line says."""
-        if not replies:
-            return
-        results = [reply.detected for reply in replies]
-        model = results[0].model
-        self._service.metrics.request_duration.observe(max(detected.watch.total for detected in results))
-        context_of(request.scope).fields |= {
-            "images": [f"{width}x{height}" for height, width in (detected.original_size for detected in results)],
-            "detections": [len(detected.detections) for detected in results],
-            "model": model.name,
-            "model_sha256": model.detector.sha256[:12],
-            "timing_ms": replies[0].timing,
-        }
+
+def _log_fields(replies: Sequence[Reply]) -> dict[str, Any]:
+    results = [reply.detected for reply in replies]
+    model = results[0].model
+    return {
+        "images": [f"{width}x{height}" for height, width in (detected.original_size for detected in results)],
+        "detections": [len(detected.detections) for detected in results],
+        "model": model.name,
+        "model_sha256": model.detector.sha256[:12],
+        "timing_ms": replies[0].timing,
+    }

@@ -1,25 +1,21 @@
-"""Every error that a client can see. One table: code → status, title, outcome in the metrics; and exception → code.
+"""Every error that a client can see, in one table: code → status, title, outcome in the metrics, exceptions.
 
 Errors are RFC 9457 problems (application/problem+json) with a `code` that stays the same over versions; `detail` says
-what came and what is allowed. Exceptions are defined where they are raised and named here only:
+what came and what is allowed. Exceptions are defined where they are raised:
 
     Exception
-    ├── MalformedRequest            400 malformed_request
-    ├── Unauthorized                401 unauthorized
-    ├── UploadTimeout               408 upload_timeout
-    ├── BodyTooLarge                413 body_too_large
-    ├── UnsupportedMediaType        415 unsupported_media_type
-    ├── InvalidParameter            422 invalid_parameter
-    ├── InvalidImage                422 invalid_image
-    │   └── TooManyPixels           413 too_many_pixels
-    ├── ClientGone                  499 client_closed_request    in the log and the metrics: nobody reads it
-    ├── InferenceFailed             500 inference_failed
-    ├── DeadlineExceeded            504 deadline_exceeded
-    └── Refusal                         with the seconds after which to try again
-        ├── QueueFull, UploadsBusy  429 overloaded
-        └── NotReady                503 not_ready
+    ├── MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, ClientGone     api.uploads
+    ├── InvalidParameter, Unauthorized                                                      here
+    ├── InvalidImage                                                                        model.image
+    │   └── TooManyPixels
+    ├── InferenceFailed                                                                     model.detector
+    ├── DeadlineExceeded                                                                    core.job
+    └── Refusal: not now, and when to try again                                             core.refusals
+        ├── UploadsBusy                                                                     api.uploads
+        ├── QueueFull                                                                       core.line
+        └── NotReady                                                                        core.store
 
-The framework's own are 404 not_found and 405 method_not_allowed; every other exception is a bug, 500 internal_error.
+Every other exception is a bug. `client_closed_request` is for the log and the metrics: nobody is there to read it.
 """
 
 from dataclasses import dataclass
@@ -58,46 +54,33 @@ class ProblemType:
     title: str
     outcome: Outcome
     """In retinaserve_requests_total."""
+    errors: tuple[type[Exception], ...] = ()
 
 
 PROBLEM_TYPES = {
-    "malformed_request": ProblemType(400, "The request cannot be read", "invalid"),
-    "unauthorized": ProblemType(401, "A valid API key is needed", "invalid"),
+    "malformed_request": ProblemType(400, "The request cannot be read", "invalid", (MalformedRequest,)),
+    "unauthorized": ProblemType(401, "A valid API key is needed", "invalid", (Unauthorized,)),
     "not_found": ProblemType(404, "There is nothing at this path", "invalid"),
     "method_not_allowed": ProblemType(405, "The path does not take this method", "invalid"),
-    "upload_timeout": ProblemType(408, "The body took too long to arrive", "timeout"),
-    "body_too_large": ProblemType(413, "The body is too large", "too_large"),
-    "too_many_pixels": ProblemType(413, "The image has too many pixels", "too_large"),
-    "unsupported_media_type": ProblemType(415, "The body comes in a form that is not read", "unsupported"),
-    "invalid_parameter": ProblemType(422, "A query parameter is not valid", "invalid"),
-    "invalid_image": ProblemType(422, "The image cannot be decoded", "invalid"),
-    "overloaded": ProblemType(429, "The server is at its limit: try again later", "overloaded"),
-    "client_closed_request": ProblemType(499, "The client closed the connection", "cancelled"),
-    "inference_failed": ProblemType(500, "The model failed on this image", "error"),
+    "upload_timeout": ProblemType(408, "The body took too long to arrive", "timeout", (UploadTimeout,)),
+    "body_too_large": ProblemType(413, "The body is too large", "too_large", (BodyTooLarge,)),
+    "too_many_pixels": ProblemType(413, "The image has too many pixels", "too_large", (TooManyPixels,)),
+    "unsupported_media_type": ProblemType(
+        415, "The body comes in a form that is not read", "unsupported", (UnsupportedMediaType,)
+    ),
+    "invalid_parameter": ProblemType(422, "A query parameter is not valid", "invalid", (InvalidParameter,)),
+    "invalid_image": ProblemType(422, "The image cannot be decoded", "invalid", (InvalidImage,)),
+    "overloaded": ProblemType(
+        429, "The server is at its limit: try again later", "overloaded", (QueueFull, UploadsBusy)
+    ),
+    "client_closed_request": ProblemType(499, "The client closed the connection", "cancelled", (ClientGone,)),
+    "inference_failed": ProblemType(500, "The model failed on this image", "error", (InferenceFailed,)),
     "internal_error": ProblemType(500, "The server has a bug", "error"),
-    "not_ready": ProblemType(503, "The server cannot detect now", "unavailable"),
-    "deadline_exceeded": ProblemType(504, "The answer was not ready in time", "timeout"),
+    "not_ready": ProblemType(503, "The server cannot detect now", "unavailable", (NotReady,)),
+    "deadline_exceeded": ProblemType(504, "The answer was not ready in time", "timeout", (DeadlineExceeded,)),
 }
-
-CODES: dict[type[Exception], str] = {
-    MalformedRequest: "malformed_request",
-    Unauthorized: "unauthorized",
-    UploadTimeout: "upload_timeout",
-    BodyTooLarge: "body_too_large",
-    TooManyPixels: "too_many_pixels",
-    UnsupportedMediaType: "unsupported_media_type",
-    InvalidParameter: "invalid_parameter",
-    InvalidImage: "invalid_image",
-    QueueFull: "overloaded",
-    UploadsBusy: "overloaded",
-    ClientGone: "client_closed_request",
-    InferenceFailed: "inference_failed",
-    NotReady: "not_ready",
-    DeadlineExceeded: "deadline_exceeded",
-}
-
+CODES = {error: code for code, kind in PROBLEM_TYPES.items() for error in kind.errors}
 OUTCOME_OF_STATUS: dict[int, Outcome] = {200: "ok", **{kind.status: kind.outcome for kind in PROBLEM_TYPES.values()}}
-
 INTERNAL_DETAILS = {
     "inference_failed": "the model failed on this image; the server's log says why, under this request_id",
     "internal_error": "the server's log says why, under this request_id",

@@ -15,18 +15,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
-from service.api.schemas import encode
 from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+DETECT, DETECT_BATCH = DETECTION_PATHS = ("/detect", "/detect/batch")
 OPEN_PATHS = ("/healthz", "/readyz")
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
 """Logged at debug level while they answer 200."""
@@ -51,18 +52,11 @@ class Observe:
     """Gives every request an id; counts and logs it when its answer begins: who has an answer finds it counted."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        metrics: Metrics,
-        paths: Collection[str],
-        detection_paths: Collection[str],
-        is_draining: Callable[[], bool],
+        self, app: ASGIApp, *, metrics: Metrics, paths: Collection[str], is_draining: Callable[[], bool]
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._paths = frozenset(paths)
-        self._detection_paths = detection_paths
         self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +96,7 @@ class Observe:
         route = path if path in self._paths else UNMATCHED
         self._metrics.http.observe(method, route, status, seconds)
         fields = {"request_id": context.request_id, "method": method, "route": route, "status": status}
-        if path in self._detection_paths and method == "POST":
+        if path in DETECTION_PATHS and method == "POST":
             fields["outcome"] = outcome = OUTCOME_OF_STATUS[status]
             self._metrics.requests.labels(outcome).inc()
         quiet = path in QUIET_PATHS and status == 200
@@ -156,15 +150,13 @@ class Shed:
     that refusing many takes little from those admitted. A body that is still arriving takes the long way: its
     connection can be used again."""
 
-    def __init__(
-        self, app: ASGIApp, *, detection_paths: Collection[str], refusal: Callable[[], Exception | None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, refusal: Callable[[], Exception | None]) -> None:
         self._app = app
-        self._detection_paths = detection_paths
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal() if self._is_detection(scope) else None
+        is_detection = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in DETECTION_PATHS
+        refusal = self._refusal() if is_detection else None
         if refusal is None:
             await self._app(scope, receive, send)
             return
@@ -180,9 +172,6 @@ class Shed:
             return unread.pop() if unread else await receive()
 
         await self._app(scope, from_the_start, send)
-
-    def _is_detection(self, scope: Scope) -> bool:
-        return scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._detection_paths
 
 
 class RequireKey:
@@ -212,4 +201,4 @@ def has_body(headers: Headers) -> bool:
 
 def problem_response(error: BaseException, request_id: str) -> Response:
     body = problem_of(error, request_id)
-    return Response(encode(body), body["status"], headers_of(error), PROBLEM_MEDIA_TYPE)
+    return Response(to_json(body), body["status"], headers_of(error), PROBLEM_MEDIA_TYPE)

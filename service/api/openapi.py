@@ -1,31 +1,28 @@
 """What the OpenAPI document says beyond FastAPI's types: the routes that detect, and every problem, with examples."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.api.errors import PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
+from service.api.middleware import DETECT, DETECT_BATCH
 from service.api.parameters import DetectQuery
-from service.api.schemas import Answer, BatchAnswer
+from service.api.schemas import BatchAnswer
 from service.config import MAX_BATCH_IMAGES
 
-DETECT = "/detect"
-DETECT_BATCH = "/detect/batch"
-SCHEMAS = "#/components/schemas/"
+REFERENCE = "#/components/schemas/{model}"
+Schemas = dict[str, Any]
+
+
+def _form(image: Schemas) -> Schemas:
+    return {"type": "object", "required": ["image"], "additionalProperties": False, "properties": {"image": image}}
+
 
 BINARY = {"type": "string", "format": "binary"}
-FORM = {"type": "object", "required": ["image"], "additionalProperties": False, "properties": {"image": BINARY}}
 ONE_PIXEL_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
-BASE64 = {
-    "type": "object",
-    "required": ["image"],
-    "additionalProperties": False,
-    "properties": {"image": {"type": "string", "format": "byte"}},
-    "example": {"image": ONE_PIXEL_PNG},
-}
+BASE64 = _form({"type": "string", "format": "byte"}) | {"example": {"image": ONE_PIXEL_PNG}}
 IMAGES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_BATCH_IMAGES}
-FORM_OF_IMAGES = FORM | {"properties": {"image": IMAGES}}
 QUERY_SCHEMA = DetectQuery.model_json_schema()
 
 EVERYWHERE = ("unauthorized", "internal_error")
@@ -42,7 +39,7 @@ def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
     for code in codes:
         kind = PROBLEM_TYPES[code]
         example = {"summary": kind.title, "value": problem(code, "what came, and what is allowed", "2f1d7e0c6a5b")}
-        content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}, "examples": {}}}
+        content = {PROBLEM_MEDIA_TYPE: {"schema": _ref("Problem"), "examples": {}}}
         answer = answers.setdefault(kind.status, {"description": "", "content": content})
         answer["description"] = "; ".join(filter(None, [answer["description"], f"{kind.title} (`{code}`)"]))
         answer["content"][PROBLEM_MEDIA_TYPE]["examples"][code] = example
@@ -52,24 +49,15 @@ def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
 def add_detection(document: dict[str, Any]) -> None:
     """Describe the routes that FastAPI does not know in its document of the others."""
     document["paths"] = DETECTION | document["paths"]
-    _, schemas = models_json_schema(
-        [(Answer, "serialization"), (BatchAnswer, "serialization")], ref_template=SCHEMAS + "{model}"
-    )
-    document["components"]["schemas"] |= schemas["$defs"]  # with Problem, which BatchAnswer is made of
+    _, schemas = models_json_schema([(BatchAnswer, "serialization")], ref_template=REFERENCE)
+    document["components"]["schemas"] |= schemas["$defs"]  # with Answer and Problem, which it is made of
 
 
 def _post(
-    operation_id: str,
-    summary: str,
-    description: str,
-    body: dict[str, Any],
-    answer: type[BaseModel],
-    codes: tuple[str, ...],
-    *picture_types: str,
-) -> dict[str, Any]:
-    """A path that detects: its bodies and answers by media type."""
-    json = {"application/json": {"$ref": SCHEMAS + answer.__name__}}
-    good = _content(json | dict.fromkeys(picture_types, BINARY))
+    operation_id: str, summary: str, description: str, *, body: Schemas, answer: Schemas, codes: Sequence[str]
+) -> Schemas:
+    """A path that detects: the schemas of its body and its answer by media type, and the codes of its problems."""
+    good = {"description": "Successful Response", "content": _content(answer)}
     return {
         "post": {
             "summary": summary,
@@ -77,19 +65,22 @@ def _post(
             "operationId": operation_id,
             "parameters": [_parameter(name, schema) for name, schema in QUERY_SCHEMA["properties"].items()],
             "requestBody": {"required": True, "content": _content(body)},
-            "responses": {"200": {"description": "Successful Response", "content": good}}
-            | {str(status): answers for status, answers in problems(*codes).items()},
+            "responses": {"200": good} | {str(status): problem for status, problem in problems(*codes).items()},
         }
     }
 
 
-def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _parameter(name: str, schema: Schemas) -> Schemas:
     shown = {key: value for key, value in schema.items() if value is not None}  # a query has no way to say null
     return {"name": name, "in": "query", "required": False, "schema": shown, "description": schema["description"]}
 
 
-def _content(schemas: dict[str, Any]) -> dict[str, Any]:
+def _content(schemas: Schemas) -> Schemas:
     return {media_type: {"schema": schema} for media_type, schema in schemas.items()}
+
+
+def _ref(name: str) -> Schemas:
+    return {"$ref": REFERENCE.format(model=name)}
 
 
 DETECTION = {
@@ -97,24 +88,22 @@ DETECTION = {
         "detect_detect_post",
         "Detect objects in one image",
         "One image in, its answer or its drawing out.",
-        {
-            "multipart/form-data": FORM,
+        body={
+            "multipart/form-data": _form(BINARY),
             "image/*": BINARY,
             "application/octet-stream": BINARY,
             "application/json": BASE64,
         },
-        Answer,
-        ONE_IMAGE,
-        "image/png",
-        "image/jpeg",
+        answer={"application/json": _ref("Answer"), "image/png": BINARY, "image/jpeg": BINARY},
+        codes=ONE_IMAGE,
     ),
     DETECT_BATCH: _post(
         "detect_batch_detect_batch_post",
         f"Detect objects in up to {MAX_BATCH_IMAGES} images",
         f"Up to {MAX_BATCH_IMAGES} images in, for each an answer or a problem out.",
-        {"multipart/form-data": FORM_OF_IMAGES},
-        BatchAnswer,
-        UPLOAD,
+        body={"multipart/form-data": _form(IMAGES)},
+        answer={"application/json": _ref("BatchAnswer")},
+        codes=UPLOAD,
     ),
 }
 """The paths of the document that detect."""

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from pydantic_core import to_json
+
 from model.image import decode_image
-from service.api.schemas import answer, encode, timing_ms
+from service.api.schemas import answer, timing_ms
 from service.core.job import Detected
 from service.drawing import PictureFormat, draw, encode_picture
 
@@ -19,7 +21,7 @@ class Reply:
 
 def as_json(detected: Detected, data: bytearray, *, request_id: str) -> Reply:
     values = answer(detected, request_id)
-    return Reply(encode(values), "application/json", values["timing_ms"], detected)
+    return Reply(to_json(values), "application/json", values["timing_ms"], detected)
 
 
 def as_picture(detected: Detected, data: bytearray, *, max_pixels: int, picture_format: PictureFormat) -> Reply:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
-from pydantic_core import to_json
 
 from model.metadata import AnchorConfig, Label, ResizePolicy
 from service.config import Share
@@ -194,10 +193,6 @@ def detection_list(detected: Detected) -> list[dict[str, Any]]:
         }
         for class_id, score, (xmin, ymin, xmax, ymax) in zip(found.labels.tolist(), scores, boxes, strict=True)
     ]
-
-
-def encode(value: Any) -> bytes:
-    return to_json(value)
 
 
 def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:

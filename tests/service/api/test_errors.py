@@ -1,15 +1,22 @@
 """The table of problems is whole."""
 
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
 from typing import get_args
 
 import pytest
 
+import service.api
+import service.core
 from model.detector import InferenceFailed
 from model.image import InvalidImage, TooManyPixels
 from service.api.errors import CODES, OUTCOME_OF_STATUS, PROBLEM_TYPES, Unauthorized, code_of, headers_of, problem_of
 from service.api.schemas import Problem
 from service.api.uploads import UploadsBusy
 from service.core.line import QueueFull
+from service.core.refusals import Refusal
 from service.core.store import NotReady
 from service.metrics import Outcome
 
@@ -31,8 +38,18 @@ def test_every_status_has_one_outcome_that_the_metrics_know() -> None:
     assert set(OUTCOME_OF_STATUS.values()) == set(get_args(Outcome))
 
 
-def test_every_exception_has_a_code_of_the_table() -> None:
-    assert set(CODES.values()) <= set(PROBLEM_TYPES)
+def exceptions_of(package: ModuleType) -> Iterator[type[Exception]]:
+    """Those that its modules define."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == module.name:
+                yield value
+
+
+def test_every_exception_that_we_define_has_a_code() -> None:
+    ours = {*exceptions_of(service.api), *exceptions_of(service.core), InferenceFailed, InvalidImage}
+    assert len(ours) > 10
+    assert ours - set(CODES) == {Refusal}
 
 
 @pytest.mark.parametrize(
