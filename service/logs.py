@@ -1,22 +1,18 @@
 """Logs: JSON lines for machines, plain lines for a terminal, on standard error. No image data, no secrets.
 
 A record's own values travel in `extra={"fields": {...}}`. Writing happens on a thread of its own, so that a slow
-reader of standard error cannot stall the event loop.
+reader of standard error cannot stall the event loop; each line is written as it comes.
 """
 
-import contextlib
 import json
 import logging
 import sys
-import time
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from queue import SimpleQueue
-from typing import Literal, TextIO
+from typing import Literal
 
 MAX_WAITING_LINES = 10_000
-MAX_GATHERED_LINES = 100
-GATHER_SECONDS = 0.05
 LogFormat = Literal["auto", "json", "text"]
 ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
 
@@ -55,60 +51,14 @@ class Handover(QueueHandler):
         return record
 
 
-class Gathering(logging.StreamHandler[TextIO]):
-    """Writes lines when it is flushed, or has many, all at once. What cannot be written is lost."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self._lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._lines.append(self.format(record) + self.terminator)
-        except Exception:  # as logging's own handlers: a line that cannot be made must not end what logs
-            self.handleError(record)
-        if len(self._lines) >= MAX_GATHERED_LINES:
-            self.flush()
-
-    def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed stream
-            self.stream.write("".join(lines))
-            super().flush()
-
-
-class Unhurried(QueueListener):
-    """Writes what there is, then lets lines gather: to wake a thread for each takes longer than writing it."""
-
-    queue: "SimpleQueue[logging.LogRecord]"
-
-    def handle(self, record: logging.LogRecord) -> None:
-        super().handle(record)
-        if self.queue.empty():
-            self._flush()
-            time.sleep(GATHER_SECONDS)
-
-    def stop(self) -> None:
-        super().stop()
-        self._flush()
-
-    def _flush(self) -> None:
-        for handler in self.handlers:
-            handler.flush()
-
-
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = record.__dict__.get("fields", {})
     return fields
 
 
 def start_logging(log_format: LogFormat, level: str) -> QueueListener:
-    """Send every log of this process to standard error in one form; stop the listener to flush."""
-    # Who called, and from where, is in no line, and takes a third of the time that a record does.
-    logging._srcfile = None
-    for what in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
-        setattr(logging, what, False)
-    handler = Gathering(sys.stderr)
+    """Send every log of this process to standard error in one form; stop the listener to write what waits."""
+    handler = logging.StreamHandler(sys.stderr)
     text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextLines() if text else JsonLines())
     records: SimpleQueue[logging.LogRecord] = SimpleQueue()
@@ -117,7 +67,6 @@ def start_logging(log_format: LogFormat, level: str) -> QueueListener:
     root.setLevel(level.upper())
     for library in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(library).setLevel(max(logging.WARNING, root.level))
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is its client's to know
-    listener = Unhurried(records, handler)
+    listener = QueueListener(records, handler)
     listener.start()
     return listener

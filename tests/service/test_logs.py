@@ -3,22 +3,23 @@
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 import pytest
 
-from service.logs import Gathering, Handover, LogFormat, Unhurried, start_logging
+from service.logs import Handover, LogFormat, start_logging
 from tests.support.serving import wait_until
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
-    for name in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing"):
-        monkeypatch.setattr(logging, name, getattr(logging, name))
     yield
     root.handlers = handlers
     root.setLevel(level)
@@ -61,64 +62,87 @@ def test_when_nobody_reads_lines_are_lost_and_memory_is_not(monkeypatch: pytest.
     assert records.empty()
 
 
-class Writes(io.StringIO):
+@contextmanager
+def logging_to(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> Iterator[logging.Logger]:
+    """Text lines in the stream; what goes wrong with them on standard error."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        listener = start_logging("text", "info")
+    yield logging.getLogger("x")
+    listener.stop()
+
+
+def messages(stream: io.StringIO) -> list[str]:
+    return [line.split(" ", 2)[2] for line in stream.getvalue().splitlines()]
+
+
+class Flushes(io.StringIO):
+    """Keeps what had been written at each flush."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.flushed: list[str] = []
 
-    def write(self, text: str) -> int:
-        self.count += 1
-        return super().write(text)
-
-
-def test_lines_that_come_together_are_written_together_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr("service.logs.time.sleep", pauses.append)
-    listener = Unhurried(SimpleQueue(), Gathering(stream := Writes()))
-    for number in range(100):
-        listener.queue.put(logging.makeLogRecord({"msg": str(number)}))
-    listener.start()
-    listener.stop()
-    assert stream.getvalue().splitlines() == [str(number) for number in range(100)]
-    assert len(pauses) <= 1 and stream.count <= 3
+    def flush(self) -> None:
+        self.flushed.append(self.getvalue())
 
 
-def test_lines_that_keep_coming_are_written_meanwhile() -> None:
-    handler = Gathering(stream := Writes())
-    for number in range(1000):
-        handler.handle(logging.makeLogRecord({"msg": str(number)}))
-    assert stream.count == 10
+def test_each_line_is_flushed_as_it_comes_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    with logging_to(monkeypatch, stream := Flushes()) as logger:
+        for number in range(100):
+            logger.info("%d", number)
+    assert messages(stream) == [str(number) for number in range(100)]
+    assert [len(text.splitlines()) for text in stream.flushed] == list(range(1, 101))
 
 
-def test_lines_that_cannot_be_written_are_lost_and_the_next_are_written() -> None:
-    class Full(Writes):
+def test_lines_that_cannot_be_written_are_lost_and_the_next_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        count = 0
+
         def write(self, text: str) -> int:
             self.count += 1
             if self.count == 1:
                 raise OSError("No space left on device")
             return super().write(text)
 
-    listener = Unhurried(SimpleQueue(), Gathering(stream := Full()))
-    listener.start()
-    listener.queue.put(logging.makeLogRecord({"msg": "lost"}))
-    wait_until(lambda: stream.count == 1)
-    listener.queue.put(logging.makeLogRecord({"msg": "written"}))
-    listener.stop()
-    assert stream.getvalue() == "written\n"
+    with logging_to(monkeypatch, stream := Full()) as logger:
+        logger.info("lost")
+        wait_until(lambda: stream.count == 1)
+        logger.info("written")
+    assert messages(stream) == ["written"]
 
 
-def test_a_line_is_written_soon_and_not_when_the_next_comes() -> None:
-    listener = Unhurried(SimpleQueue(), Gathering(stream := Writes()))
-    listener.start()
-    listener.queue.put(logging.makeLogRecord({"msg": "alone"}))
-    wait_until(lambda: stream.getvalue() == "alone\n")
-    listener.stop()
+def test_a_line_is_written_soon_and_not_when_the_next_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with logging_to(monkeypatch, stream := io.StringIO()) as logger:
+        logger.info("alone")
+        wait_until(lambda: stream.getvalue().endswith("alone\n"))
 
 
-def test_a_line_that_cannot_be_made_is_reported_and_the_next_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    handler = Gathering(stream := io.StringIO())
-    handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
-    handler.handle(logging.makeLogRecord({"msg": "good"}))
-    handler.flush()
-    assert stream.getvalue() == "good\n"
+def test_a_line_that_cannot_be_made_is_reported_and_the_next_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logging_to(monkeypatch, stream := io.StringIO()) as logger:
+        logger.info("%d", "no number")
+        logger.info("good")
+    assert messages(stream) == ["good"]
     assert "Logging error" in capsys.readouterr().err
+
+
+def test_standard_error_that_nobody_reads_any_more_ends_nothing() -> None:
+    code = (
+        "import logging, sys\n"
+        "from service.logs import start_logging\n"
+        "listener = start_logging('json', 'info')\n"
+        "sys.stdin.read()\n"
+        "logging.info('nobody reads this')\n"
+        "listener.stop()\n"
+        "print('done')"
+    )
+    read_end, write_end = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=write_end, text=True
+    )
+    os.close(write_end)
+    os.close(read_end)
+    out, _ = process.communicate("", timeout=60)
+    assert out == "done\n"
