@@ -3,88 +3,63 @@
 One definition for training's evaluation and for the service. Sizes are (height, width) except where a library wants
 (width, height). A canvas is a function of the picture's size and the policy alone, never of load or neighbours.
 
-Pillow reads every header, so that a claim of too many pixels is refused before memory is taken for them. Plain JPEGs
-are then decoded by simplejpeg (half of Pillow's time, and it refuses truncated files), everything else by Pillow.
+One reader for each format (`model.formats`) checks the size that the file claims before memory is taken for it.
 """
 
-import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
-import simplejpeg
-from PIL import (
-    AvifImagePlugin,
-    BmpImagePlugin,
-    ExifTags,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image
 
+from model.formats import InvalidImage, TooManyPixels, bmp, jpeg, pillow, png, tiff
+from model.formats.exif import upright
+from model.formats.signatures import READ, name_of
 from model.metadata import ResizePolicy
 from model.types import CanvasImage, Detections, Pixels
 
-# Imported by class, so that Pillow need not import its forty other plugins to find these.
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        BmpImagePlugin.BmpImageFile,
-        TiffImagePlugin.TiffImageFile,
-        GifImagePlugin.GifImageFile,
-        AvifImagePlugin.AvifImageFile,
-    )
-)
+__all__ = ["MAX_PIXELS", "InvalidImage", "TooManyPixels", "decode_image", "resized_size", "to_canvas", "to_original"]
+
 MAX_PIXELS = 50_000_000
-MAX_JPEG_SCANS = 200
-"""A progressive JPEG of a few megabytes can name so many scans that decoding takes hours; real ones have about ten, and
-their thumbnails and further pictures (MPO) some more."""
+READERS: Mapping[str, pillow.Reader] = {
+    "JPEG": jpeg.read,
+    "PNG": png.read,
+    "WEBP": pillow.read_webp,
+    "BMP": bmp.read,
+    "TIFF": tiff.read,
+    "GIF": pillow.read_gif,
+    "AVIF": pillow.read_avif,
+}
 
 # What Pillow warns of and logs (damaged tags, large pictures), the errors below answer. Not per thread, so set once.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+Image.MAX_IMAGE_PIXELS = None  # the limit is ours, asked before Pillow's
 # Decoding runs in threads already, and OpenCV's own would compete with ONNX Runtime's.
 cv2.setNumThreads(1)
-
-
-class InvalidImage(ValueError):
-    """The bytes cannot be decoded: no image, cut off, damaged, or of a kind that is not read."""
-
-
-class TooManyPixels(InvalidImage):
-    """The picture's header claims more pixels than allowed."""
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The picture, upright (EXIF orientation applied), writable.
 
-    Alpha is dropped, 16-bit samples keep their high byte, greys, palettes, CMYK and LAB become RGB, of an animation the
-    first frame counts. Raises InvalidImage or TooManyPixels and nothing else.
+    Alpha is dropped, of 16-bit samples the high byte is kept, greys, palettes, CMYK and LAB become RGB, of an animation
+    the first frame counts, colour profiles and XMP do not. Raises InvalidImage or TooManyPixels and nothing else.
     """
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
+    name = name_of(data)
+    if name is None or name not in READERS:
+        came = f"these {len(data):,} bytes are not an image" if name is None else f"this is {name}, which is not read"
+        raise InvalidImage(f"{came}; send one of {', '.join(READ)}")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_pixels(image.width, image.height, max_pixels)
-            pixels = _decode_jpeg(data, max_pixels) if _is_plain_jpeg(image, data) else _decode_with_pillow(image)
-            return _upright(pixels, _orientation(image))
+        return upright(*READERS[name](data, max_pixels))
     except InvalidImage:
         raise
-    except UnidentifiedImageError as error:
-        raise InvalidImage(f"these {len(data):,} bytes are not an image; send one of {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
-        raise TooManyPixels(f"the image has more pixels than the {max_pixels:,} allowed") from error
-    except Exception as error:  # a boundary: for a damaged file Pillow raises nearly anything, SyntaxError included
-        raise InvalidImage(f"the image cannot be decoded: {error}") from error
+    except Exception as error:  # a boundary: for a damaged file a reader raises nearly anything, SyntaxError included
+        reason = str(error) or type(error).__name__
+        raise InvalidImage(f"the {name} cannot be decoded, it is cut off or damaged: {reason}") from error
 
 
 def resized_size(height: int, width: int, policy: ResizePolicy) -> tuple[int, int]:
@@ -120,62 +95,6 @@ def to_original(detections: Detections, canvas: CanvasImage) -> Detections:
     resized_height, resized_width = canvas.size
     ratio = corner / np.array([resized_width, resized_height, resized_width, resized_height], np.float32)
     return Detections(np.clip(detections.boxes * ratio, 0, corner), detections.scores, detections.labels)
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise TooManyPixels(
-            f"the image has {width} × {height} = {width * height:,} pixels; at most {max_pixels:,} are allowed"
-        )
-
-
-def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    if image.format not in ("JPEG", "MPO"):
-        return False
-    if data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise InvalidImage(f"the JPEG has more than {MAX_JPEG_SCANS} scans")
-    return image.mode in ("RGB", "L")
-
-
-def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels:
-    # Asked again: in a file made to deceive, two parsers may find two headers.
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height, max_pixels)
-    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    return pixels
-
-
-def _decode_with_pillow(image: Image.Image) -> Pixels:
-    image.load()
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise InvalidImage("samples of 32 bits are not read: their range is unknown; send 8 or 16 bits")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _orientation(image: Image.Image) -> object:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a boundary as above: damaged EXIF says nothing, and the pixels are good
-        return None
-
-
-# EXIF 2.32, tag 0x0112: what turns the stored rows and columns upright; 1 is upright.
-_TURNS: Mapping[object, Callable[[Pixels], Pixels]] = {
-    2: lambda pixels: cv2.flip(pixels, 1),
-    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
-    4: lambda pixels: cv2.flip(pixels, 0),
-    5: lambda pixels: cv2.transpose(pixels),
-    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda pixels: cv2.flip(cv2.transpose(pixels), -1),
-    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
-
-
-def _upright(pixels: Pixels, orientation: object) -> Pixels:
-    turn = _TURNS.get(orientation)
-    return pixels if turn is None else turn(pixels)
 
 
 def _scale(height: int, width: int, policy: ResizePolicy) -> float:

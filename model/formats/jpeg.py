@@ -1,0 +1,212 @@
+"""JPEG → RGB.
+
+libjpeg-turbo decodes the file as it comes and takes every oddity for an error. Where it finds one, the file's own
+structure is copied without all that pixels do not need (stray bytes, texts, thumbnails, what follows the end) and read
+again, as strictly: an error that remains concerns the pixels, and the file is refused.
+
+Source: ITU-T T.81, annex B.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image, JpegImagePlugin
+
+from model.formats import InvalidImage, check_pixels
+from model.formats.exif import orientation_in
+from model.types import Pixels
+
+MAX_SCANS = 200
+"""A progressive JPEG of a few megabytes can name so many scans that decoding takes hours; real ones have about ten."""
+MAX_SEGMENTS = 5_000
+"""Real files have tens, and some hundred where a depth map is cut into pieces of 64 KiB."""
+MAX_STRAY_BYTES = 32
+"""Before the end marker. More of them are what is left of a scan in which the decoder lost its place, unless all are
+one value: padding, of any length."""
+
+SOI, EOI, SOS, DRI = 0xD8, 0xD9, 0xDA, 0xDD
+APP0, APP1, APP14 = 0xE0, 0xE1, 0xEE
+TABLES = (0xC4, 0xCC, 0xDB, DRI)  # Huffman, arithmetic, quantisation, restart interval
+FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
+SEQUENTIAL = (0xC0, 0xC1, 0xC9)
+STANDALONE = (0x01, *range(0xD0, 0xD8))
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_STRAY = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
+
+
+@dataclass(frozen=True)
+class Segment:
+    marker: int
+    payload: bytes
+    scan: bytes = b""
+    """The entropy-coded data behind an SOS."""
+
+    def __bytes__(self) -> bytes:
+        return b"\xff%c%s%s%s" % (self.marker, (len(self.payload) + 2).to_bytes(2, "big"), self.payload, self.scan)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A JPEG's segments from the first to its own end marker; what lies between and behind them is not kept."""
+
+    segments: list[Segment]
+    complete: bool
+    """It has an end marker."""
+
+    def frame(self) -> bytes:
+        for segment in self.segments:
+            if segment.marker in FRAMES and len(segment.payload) >= 6:
+                return segment.payload
+        raise InvalidImage("the JPEG has no frame header: it is cut off or damaged")
+
+    def exif(self) -> bytes | None:
+        for segment in self.segments:
+            if segment.marker == APP1 and segment.payload.startswith(b"Exif\0\0"):
+                return segment.payload
+        return None
+
+    def rebuilt(self, behind_scans: bytes = b"") -> bytes:
+        """The file again, with what pixels need and nothing else."""
+        return b"\xff\xd8" + b"".join(bytes(each) for each in self._needed(behind_scans)) + b"\xff\xd9"
+
+    def _needed(self, behind_scans: bytes) -> Iterator[Segment]:
+        for segment in self.segments:
+            marker, payload = segment.marker, segment.payload
+            if marker == SOS:
+                if self._is_sequential():  # some writers leave the three bytes of progression at 0
+                    payload = payload[:-3] + b"\0\x3f\0"
+                scan = segment.scan
+                if behind_scans:
+                    scan = _RESTART.sub(lambda found: behind_scans + found[0], scan) + behind_scans
+                yield Segment(marker, payload, scan)
+            elif marker == APP0 and payload.startswith(b"JFIF\0"):
+                yield Segment(marker, b"JFIF\0\1\1\0\0\1\0\1\0\0")
+            elif marker == APP14 and payload.startswith(b"Adobe") and len(payload) >= 12:
+                yield Segment(marker, payload[:11] + bytes([min(payload[11], self._last_transform())]))
+            elif marker in TABLES or marker in FRAMES:
+                yield segment
+
+    def _is_sequential(self) -> bool:
+        return any(segment.marker in SEQUENTIAL for segment in self.segments)
+
+    def _last_transform(self) -> int:
+        """Adobe's transforms: 0 none, 1 YCbCr, 2 YCCK. libjpeg takes an unknown one for the last that fits."""
+        return 2 if self.frame()[5] == 4 else 1
+
+    def lacks_scans(self) -> bool:
+        """Some component's coefficients do not come at full precision: the file ends between two scans."""
+        if not self._is_sequential() and not any(segment.marker in (0xC2, 0xCA) for segment in self.segments):
+            return False
+        sent = set()
+        for segment in self.segments:
+            if segment.marker == SOS and len(segment.payload) >= 4:
+                *components, first, last, precision = segment.payload[1:]
+                if self._is_sequential():
+                    first, last, precision = 0, 63, 0
+                if precision & 15 == 0:
+                    sent |= {(each, k) for each in components[::2] for k in range(first, min(last, 63) + 1)}
+        return len(sent) < 64 * self.frame()[5]
+
+
+def parse(data: bytes) -> Structure:
+    """Walk the segments. Bytes that are none are skipped, as decoders do; a segment that is cut off ends the walk."""
+    segments: list[Segment] = []
+    position, scans = 2, 0
+    while found := _MARKER.search(data, position):
+        marker, position = found[0][1], found.end()
+        if marker in STANDALONE:
+            continue
+        if marker == EOI:
+            return Structure(segments, complete=True)
+        if marker == SOI:
+            raise InvalidImage("the JPEG is damaged: a second one begins inside it")
+        end = position + max(2, int.from_bytes(data[position : position + 2], "big"))
+        if end > len(data):
+            break
+        scan_end = end
+        if marker == SOS:
+            scans += 1
+            after = _END_OF_SCAN.search(data, end)
+            scan_end = after.start() if after else len(data)
+        segments.append(Segment(marker, data[position + 2 : end], data[end:scan_end]))
+        position = scan_end
+        if scans > MAX_SCANS or len(segments) > MAX_SEGMENTS:
+            raise InvalidImage(f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments")
+    return Structure(segments, complete=False)
+
+
+def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
+    structure = parse(data)
+    frame = structure.frame()
+    height, width, components = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
+    check_pixels(width, height, max_pixels)
+    if frame[0] != 8:
+        raise InvalidImage(f"a JPEG of {frame[0]} bits per sample is not read: send 8")
+    if components not in (1, 3, 4):
+        raise InvalidImage(f"a JPEG of {components} components is not read: send grey, colour or CMYK")
+    if not structure.complete and structure.lacks_scans():
+        raise InvalidImage("the JPEG is cut off: it ends before its last scan")
+    try:
+        if not structure.complete:
+            raise ValueError("Premature end of JPEG file")
+        pixels = _decode(data, components, max_pixels)
+    except ValueError:
+        pixels = _decode_rebuilt(structure, components, max_pixels)
+    return pixels, orientation_in(structure.exif())
+
+
+def _decode(data: bytes, components: int, max_pixels: int) -> Pixels:
+    """Strictly: ValueError for whatever libjpeg would warn of."""
+    # Asked again: in a file made to deceive, two parsers may find two headers.
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    check_pixels(width, height, max_pixels)
+    if components < 4:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return pixels
+    inks = 255 - simplejpeg.decode_jpeg(data, colorspace="CMYK")  # stored as Adobe does: 255 is no ink
+    return np.array(Image.frombuffer("CMYK", (width, height), inks).convert("RGB"))
+
+
+def _decode_rebuilt(structure: Structure, components: int, max_pixels: int) -> Pixels:
+    clean = structure.rebuilt()
+    for _ in range(3):  # how many bytes are stray depends on how far the decoder has read ahead
+        try:
+            return _decode(clean, components, max_pixels)
+        except InvalidImage:
+            raise
+        except ValueError as error:
+            reason = str(error)
+        if "subsampling" in reason:
+            return _decode_any_sampling(structure)
+        stray = _STRAY.match(reason)
+        if stray is None or not _is_harmless(clean[:-2], int(stray[1])):
+            break
+        clean = clean[: -2 - int(stray[1])] + clean[-2:]
+    raise InvalidImage(f"the JPEG is cut off or damaged: {reason}")
+
+
+def _is_harmless(scan: bytes, count: int) -> bool:
+    return count <= MAX_STRAY_BYTES or len(set(scan[-count:])) == 1
+
+
+def _decode_any_sampling(structure: Structure) -> Pixels:
+    """By Pillow, for samplings that TurboJPEG has no name for.
+
+    Pillow fills with grey what is missing, and says nothing. So the file is decoded with different bytes behind each
+    scan: where the pixels depend on them, there were too few.
+    """
+    first, second = (_decode_with_pillow(structure.rebuilt(fill * 32)) for fill in (b"\0", b"\xaa"))
+    if not np.array_equal(first, second):
+        raise InvalidImage("the JPEG is cut off or damaged: some of its pixels are missing")
+    return first
+
+
+def _decode_with_pillow(data: bytes) -> Pixels:
+    with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
