@@ -21,6 +21,7 @@ import onnxruntime as ort
 
 from model.image import to_canvas, to_original
 from model.metadata import InvalidModel, ModelMetadata, ResizePolicy
+from model.not_onnx import what_is_wrong
 from model.sessions import (
     BYTES_PER_PIXEL,
     CPU,
@@ -290,7 +291,7 @@ def _open_verified(path: Path, model: bytes, threads: int | None) -> ort.Inferen
     try:
         session = open_on_cpu(model, threads)
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        raise InvalidModel(f"{path} {_what_is_wrong(_one_line(error))}") from error
+        raise InvalidModel(f"{path} {what_is_wrong(model, _one_line(error))}") from error
     if not _keeps_contract(session):
         came = ", ".join(f"{node.name} {node.type} {node.shape}" for node in _inputs_and_outputs(session))
         raise InvalidModel(f"{path} has {came}; a detector has {CONTRACT}")
@@ -321,14 +322,6 @@ def _keeps_contract(session: ort.InferenceSession) -> bool:
         and (found["scores"][0], len(found["scores"][1])) == ("tensor(float)", 2)
         and (found["labels"][0], len(found["labels"][1])) == ("tensor(int64)", 2)
     )
-
-
-def _what_is_wrong(message: str) -> str:
-    if "external data" in message.lower() or "external tensors" in message.lower():
-        return "keeps weights in another file (external data): export it as one file"
-    if "is not a registered function/op" in message or "No opset import for domain" in message:
-        return f"has operators that ONNX Runtime does not know: {message}"
-    return f"cannot be loaded by ONNX Runtime: {message}"
 
 
 def _one_line(error: Exception) -> str:
