@@ -8,6 +8,7 @@ separated by commas.
 
 import argparse
 import os
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
@@ -21,6 +22,10 @@ from model.pretrained import demo_model
 
 ENV_PREFIX = "RETINASERVE_"
 PROGRAM = "python -m service"
+SERVICE_LINK = re.compile(
+    rf"{ENV_PREFIX}(PORT=(tcp|udp|sctp)://.*|SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)"
+)
+"""What Kubernetes puts into every pod beside a Service called retinaserve, in Docker's form of 2013: no settings."""
 
 MIB = 1024 * 1024
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -142,9 +147,14 @@ def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = 
 
 
 def read_settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Settings:
-    """The settings from these flags and the environment; exits with code 2 and one line if one is wrong."""
+    """The settings from these flags and the environment; exits with code 2 and one line if one is wrong.
+
+    Service links are taken out of the environment.
+    """
     flags = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in [name for name, value in os.environ.items() if SERVICE_LINK.fullmatch(f"{name}={value}")]:
+        del os.environ[name]
     unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
     if unknown:
         parser.error(f"unknown environment variable {', '.join(unknown)}: see --help for the settings")

@@ -1,28 +1,29 @@
 """`python -m service detect`: detect in files, in process, by the same code that serves.
 
-In: image files, and folders searched for images. Out: COCO results JSON (boxes xywh in pixels of the upright picture;
-`image_id` is the file's stem where that is an integer, else its name), and the pictures with the boxes drawn. Files are
-written under a temporary name and renamed. Exit codes: 0, 1 if some files could not be read, 2 if nothing could be
-done.
+In: image files, and folders searched for images: what ends like one, or begins like one. Out: COCO results JSON (boxes
+xywh in pixels of the upright picture; `image_id` is the file's stem where that is an integer, else its name), and the
+pictures with the boxes drawn. Files are written under a temporary name and renamed. Exit codes: 0, 1 if some files could
+not be read, 2 if nothing could be done.
 """
 
 import argparse
+import collections
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.formats.signatures import HEAD_BYTES, READ, SUFFIXES, name_of
 from model.image import InvalidImage, decode_image
 from model.metadata import InvalidModel
 from model.types import Detections, Pixels
 from service.config import PROGRAM, OneLineParser, Settings, add_setting_flags, read_settings
 from service.drawing import draw, encode_picture
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 SETTINGS = (
     "model", "device", "threads", "gpu_memory_limit_bytes", "score_threshold", "nms_threshold", "max_detections",
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     settings = read_settings(parser, given)
     try:
-        files = list(find_images(given.images))
+        files, left_out = find_images(given.images)
         detector = Detector(
             settings.model_file,
             device=settings.device,
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         _write_results(results, given.out)
     except (InvalidModel, DeviceUnavailable, OSError, ValueError) as error:
         parser.error(str(error))
+    if left_out:
+        sys.stderr.write(f"{left_out.total()} files were left out: {_counts(left_out)}\n")
     if unreadable:
         sys.stderr.write(f"{len(unreadable)} of {len(files)} files could not be read\n")
     return 1 if unreadable else 0
@@ -64,21 +67,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_images(paths: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """(file, name relative to the folder given) of each file, folders searched to the bottom, in order of name.
+def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collections.Counter[str]]:
+    """(file, name relative to the folder given) of each image, folders searched to the bottom, in order of name; and
+    how many files of which kind are none.
 
     ValueError: a path does not exist, or a folder has no image.
     """
+    images: list[tuple[Path, Path]] = []
+    left_out: collections.Counter[str] = collections.Counter()
     for path in paths:
         if path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
-            if not found:
-                raise ValueError(f"{path} has no images ({', '.join(SUFFIXES)})")
-            yield from ((each, each.relative_to(path)) for each in found)
+            before = len(images)
+            for file in sorted(each for each in path.rglob("*") if each.is_file()):
+                if (kind := _other_kind(file)) is None:
+                    images.append((file, file.relative_to(path)))
+                else:
+                    left_out[kind] += 1
+            if len(images) == before:
+                raise ValueError(f"{path} has no images ({', '.join(READ)}){_but(left_out)}")
         elif path.exists():
-            yield path, Path(path.name)
+            images.append((path, Path(path.name)))
         else:
             raise ValueError(f"{path} does not exist")
+    return images, left_out
+
+
+def _other_kind(file: Path) -> str | None:
+    """What a file is that neither ends nor begins like an image; None: it does."""
+    if file.suffix.lower() in SUFFIXES:
+        return None
+    try:
+        with file.open("rb") as opened:
+            name = name_of(opened.read(HEAD_BYTES))
+    except OSError:
+        name = None
+    return None if name in READ else name or file.suffix.lower() or "no ending"
+
+
+def _counts(kinds: collections.Counter[str]) -> str:
+    return ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
+
+
+def _but(kinds: collections.Counter[str]) -> str:
+    return f", but {_counts(kinds)}" if kinds else ""
 
 
 def detect_files(

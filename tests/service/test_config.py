@@ -84,8 +84,40 @@ def test_a_wrong_flag_is_one_clear_line(capsys: pytest.CaptureFixture[str], argu
 def test_a_wrong_or_unknown_variable_is_one_clear_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RETINASERVE_PORT", "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("RETINASERVE_PORT", "8000/tcp")
     assert "RETINASERVE_PORT" in error_of(capsys)
     monkeypatch.delenv("RETINASERVE_PORT")
     monkeypatch.setenv("RETINASERVE_QUEUE_CAPACTIY", "4")
     assert "unknown environment variable RETINASERVE_QUEUE_CAPACTIY" in error_of(capsys)
+
+
+LINKS = {
+    "RETINASERVE_PORT": "tcp://10.43.7.9:8000",
+    "RETINASERVE_SERVICE_HOST": "10.43.7.9",
+    "RETINASERVE_SERVICE_PORT": "8000",
+    "RETINASERVE_SERVICE_PORT_HTTP": "8000",
+    "RETINASERVE_PORT_8000_TCP": "tcp://10.43.7.9:8000",
+    "RETINASERVE_PORT_8000_TCP_PROTO": "tcp",
+    "RETINASERVE_PORT_8000_TCP_PORT": "8000",
+    "RETINASERVE_PORT_8000_TCP_ADDR": "10.43.7.9",
+}
+"""What the kubelet sets in a pod beside a Service called retinaserve."""
+
+
+def test_service_links_of_kubernetes_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RETINASERVE_QUEUE_CAPACITY", "4")
+    settings = parse_settings([])
+    assert (settings.port, settings.queue_capacity) == (8000, 4)
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert parse_settings(["--port", "9000"]).port == 9000
+
+
+@pytest.mark.parametrize("name", ["RETINASERVE_SERVICE", "RETINASERVE_PORTS", "RETINASERVE_PORT_HTTP"])
+def test_what_only_looks_like_a_service_link_is_unknown(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "tcp://10.43.7.9:8000")
+    assert f"unknown environment variable {name}" in error_of(capsys)

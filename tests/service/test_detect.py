@@ -69,6 +69,40 @@ def test_an_unreadable_file_is_named_and_counted_and_the_others_are_done(
     assert {result["image_id"] for result in json.loads(out.read_text())} == {42, "cat.jpg"}
 
 
+@pytest.mark.parametrize("name", ["a.jfif", "b.JPE", "c.dib", "d.apng", "no ending at all", "photo.download"])
+def test_a_picture_is_known_by_its_ending_or_its_first_bytes(
+    name: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(picture(kind="JPEG"))
+    assert main(["detect", str(tmp_path / "in"), "--model", model]) == 0
+    said = capsys.readouterr()
+    assert {result["image_id"] for result in json.loads(said.out)} == {name}
+    assert "left out" not in said.err
+
+
+def test_other_files_are_left_out_and_counted_by_what_they_are(
+    tmp_path: Path, model: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    (folder / "more.txt").write_text("no picture either")
+    (folder / "manual").write_bytes(b"%PDF-1.7")
+    (folder / "Makefile").write_text("all:")
+    assert main(["detect", str(folder), "--model", model, "--out", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr().err
+    assert "5 files were left out: 2 × .txt, 1 × HEIC, 1 × no ending, 1 × PDF\n" in said
+
+
+def test_a_folder_without_pictures_says_what_it_has(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    with pytest.raises(SystemExit):
+        main(["detect", str(tmp_path / "in"), "--model", model])
+    assert "has no images (JPEG, PNG, WEBP, BMP, TIFF, GIF, AVIF), but 1 × HEIC" in capsys.readouterr().err
+
+
 def test_what_cannot_be_done_is_one_line_and_code_2(
     tmp_path: Path, model: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
