@@ -135,8 +135,9 @@ def test_standard_error_that_nobody_reads_any_more_ends_nothing() -> None:
         "listener = start_logging('json', 'info')\n"
         "sys.stdin.read()\n"
         "logging.info('nobody reads this')\n"
+        "logging.info('nor this')\n"
         "listener.stop()\n"
-        "print('done')"
+        "print('waiting:', listener.queue.qsize())"
     )
     read_end, write_end = os.pipe()
     process = subprocess.Popen(
@@ -145,4 +146,4 @@ def test_standard_error_that_nobody_reads_any_more_ends_nothing() -> None:
     os.close(write_end)
     os.close(read_end)
     out, _ = process.communicate("", timeout=60)
-    assert out == "done\n"
+    assert out == "waiting: 0\n"
