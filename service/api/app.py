@@ -122,18 +122,14 @@ def _add_errors(api: FastAPI) -> None:
 
 def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
     """Make every series that HTTP requests can have."""
+    detection = (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
     for path in sorted({route.path for route in routes}):
         answers: dict[str, tuple[int, ...]] = dict.fromkeys(METHODS, (401, 405))
         for route in routes:
             if route.path == path:
-                answers |= dict.fromkeys(route.methods or (), _statuses(path))
+                statuses = detection if path in DETECTION_PATHS else (200, 401, 500, 503)
+                answers |= dict.fromkeys(route.methods or (), statuses)
         metrics.make_series(path, answers)
     answers = dict.fromkeys(METHODS, (200, 400, 401, 404, 405))
     files = dict.fromkeys(("GET", "HEAD"), (200, 206, 304, 400, 401, 404, 416))  # of the docs page
     metrics.make_series(UNMATCHED, answers | files)
-
-
-def _statuses(path: str) -> tuple[int, ...]:
-    if path in DETECTION_PATHS:
-        return (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
-    return 200, 401, 500, 503
