@@ -2,8 +2,9 @@
 
 In: image files, and folders searched for images: what ends like one, or begins like one. Out: COCO results JSON (boxes
 xywh in pixels of the upright picture; `image_id` is the file's stem where that is an integer, else its name), and the
-pictures with the boxes drawn. Files are written under a temporary name and renamed. Exit codes: 0, 1 if some files could
-not be read, 2 if nothing could be done.
+pictures with the boxes drawn. Files are written under a temporary name and renamed.
+
+Exit codes: 0, 1 if some files could not be read, 2 if nothing could be done.
 """
 
 import argparse

@@ -35,7 +35,7 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
         raise InvalidImage("the BMP has no pixels")
     [offset] = struct.unpack_from("<I", data, 10)
     if header.bits <= 8:
-        palette = _palette(data, header, offset)
+        palette = _palette(data, header)
         start = offset or 14 + header.size + len(palette) * (3 if header.size == 12 else 4)
         full = np.zeros((256, 3), np.uint8)
         full[: len(palette)] = palette
@@ -66,12 +66,11 @@ def _header(data: bytes) -> Header:
     return header
 
 
-def _palette(data: bytes, header: Header, offset: int) -> Pixels:
+def _palette(data: bytes, header: Header) -> Pixels:
     size = 3 if header.size == 12 else 4
     count = min(header.colours or 1 << header.bits, 1 << header.bits)
     start = 14 + header.size
-    if offset:
-        count = min(count, max(0, offset - start) // size)
+    count = min(count, max(0, len(data) - start) // size)
     entries = np.frombuffer(data, np.uint8, count * size, start).reshape(count, size)
     return entries[:, 2::-1]
 

@@ -25,7 +25,7 @@ MAX_SCANS = 200
 MAX_SEGMENTS = 5_000
 """Real files have tens, and some hundred where a depth map is cut into pieces of 64 KiB."""
 MAX_STRAY_BYTES = 32
-"""Before the end marker. More of them are what is left of a scan in which the decoder lost its place, unless all are
+"""Behind the last scan. More of them are what is left of a scan in which the decoder lost its place, unless all are
 one value: padding, of any length."""
 
 SOI, EOI, SOS, DRI = 0xD8, 0xD9, 0xDA, 0xDD
@@ -37,7 +37,7 @@ STANDALONE = (0x01, *range(0xD0, 0xD8))
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
-_STRAY = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
+_STRAY = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0x(\w\w)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Segment:
     payload: bytes
     scan: bytes = b""
     """The entropy-coded data behind an SOS."""
+
+    def without_padding(self, padding: bytes) -> "Segment":
+        """Less a run of these equal bytes at its end, but for two, which the scan may need and no decoder minds."""
+        kept = self.scan.rstrip(padding[:1])
+        is_padded = len(self.scan) - len(kept) >= len(padding)
+        return Segment(self.marker, self.payload, kept + padding[:2]) if is_padded else self
 
     def __bytes__(self) -> bytes:
         return b"\xff%c%s%s%s" % (self.marker, (len(self.payload) + 2).to_bytes(2, "big"), self.payload, self.scan)
@@ -91,6 +97,22 @@ class Structure:
                 yield Segment(marker, payload[:11] + bytes([min(payload[11], self._last_transform())]))
             elif marker in TABLES or marker in FRAMES:
                 yield segment
+
+    def without_stray(self, count: int, before: int) -> "Structure | None":
+        """Less the `count` bytes behind the first scan that this marker follows; None if they may be pixels.
+
+        Padding is taken from behind every scan at once: each try is a whole decoding.
+        """
+        following = [*(segment.marker for segment in self.segments[1:]), EOI]
+        for segment, marker in zip(self.segments, following, strict=True):
+            end = segment.scan[-count:]
+            if marker == before and len(set(end)) == 1:
+                return Structure([each.without_padding(end) for each in self.segments], self.complete)
+        last = self.segments[-1]
+        if before == EOI and 0 < min(count, len(last.scan)) <= MAX_STRAY_BYTES:
+            shorter = Segment(last.marker, last.payload, last.scan[:-count])
+            return Structure([*self.segments[:-1], shorter], self.complete)
+        return None
 
     def _is_sequential(self) -> bool:
         return any(segment.marker in SEQUENTIAL for segment in self.segments)
@@ -174,10 +196,9 @@ def _decode(data: bytes, components: int, max_pixels: int) -> Pixels:
 
 
 def _decode_rebuilt(structure: Structure, components: int, max_pixels: int) -> Pixels:
-    clean = structure.rebuilt()
     for _ in range(3):  # how many bytes are stray depends on how far the decoder has read ahead
         try:
-            return _decode(clean, components, max_pixels)
+            return _decode(structure.rebuilt(), components, max_pixels)
         except InvalidImage:
             raise
         except ValueError as error:
@@ -185,14 +206,10 @@ def _decode_rebuilt(structure: Structure, components: int, max_pixels: int) -> P
         if "subsampling" in reason:
             return _decode_any_sampling(structure)
         stray = _STRAY.match(reason)
-        if stray is None or not _is_harmless(clean[:-2], int(stray[1])):
+        if stray is None or (shorter := structure.without_stray(int(stray[1]), int(stray[2], 16))) is None:
             break
-        clean = clean[: -2 - int(stray[1])] + clean[-2:]
+        structure = shorter
     raise InvalidImage(f"the JPEG is cut off or damaged: {reason}")
-
-
-def _is_harmless(scan: bytes, count: int) -> bool:
-    return count <= MAX_STRAY_BYTES or len(set(scan[-count:])) == 1
 
 
 def _decode_any_sampling(structure: Structure) -> Pixels:

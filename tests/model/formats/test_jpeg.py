@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import struct
 
 import cv2
@@ -42,6 +43,7 @@ ODD = {
     "12 bytes of padding before the end": jpeg()[:-2] + bytes(12) + EOI,
     "3,000 bytes of padding before the end": jpeg()[:-2] + bytes(3000) + EOI,
     "20 bytes of anything before the end": jpeg()[:-2] + random.Random(0).randbytes(20).replace(b"\xff", b"x") + EOI,
+    "padding behind every scan": re.sub(rb"(?<!^)\xff(?=[\xc4\xda\xd9])", bytes(12) + b"\xff", jpeg(progressive=True)),
     "fill before every marker": before(0xDB, b"\xff\xff\xff", jpeg())[:-2] + b"\xff\xff" + EOI,
     "a JFIF version of the future": jpeg().replace(b"JFIF\0\1", b"JFIF\0\7"),
     "an unknown Adobe transform": before(0xDB, segment(0xEE, b"Adobe\0\x64" + bytes(4) + b"\x09"), jpeg()),
