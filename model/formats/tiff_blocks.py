@@ -87,7 +87,7 @@ def decompressed(
     if sum(max(0, end - start) for start, end in extents) > len(file.data) + BAND_BYTES:
         raise InvalidImage("the TIFF is damaged: its strips or tiles overlap")
     blocks = [file.data[start:end] for start, end in extents]
-    if len(blocks) < count or (compression == 1 and [len(block) for block in blocks] != sizes):
+    if len(blocks) < count:
         raise InvalidImage("the TIFF is cut off or damaged: some of its pixels are missing")
     with TiffImagePlugin.TiffImageFile(io.BytesIO(_grey_tiff(tags, blocks, grid.tiled))) as image:
         image.load()
