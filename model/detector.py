@@ -22,21 +22,10 @@ import onnxruntime as ort
 from model.image import to_canvas, to_original
 from model.metadata import InvalidModel, ModelMetadata, ResizePolicy
 from model.not_onnx import what_is_wrong
-from model.sessions import (
-    BYTES_PER_PIXEL,
-    CPU,
-    CUDA,
-    AnyShape,
-    DeviceUnavailable,
-    FixedShapes,
-    InputShape,
-    available_cores,
-    has_cuda_build,
-    open_on_cpu,
-    open_on_cuda,
-    padded_batch,
-    preload_cuda,
-)
+from model.runtime.cores import available_cores
+from model.runtime.cpu import AnyShape, open_on_cpu
+from model.runtime.cuda import BYTES_PER_PIXEL, FixedShapes, InputShape, open_on_cuda, padded_batch, preload_cuda
+from model.runtime.session import CPU, CUDA, DeviceUnavailable, has_cuda_build
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
 

@@ -7,7 +7,7 @@ products of 8 bits in 32 (VNNI, AMX): there it is 1.6 times as fast, without 1.1
 from pathlib import Path
 
 from model.detector import Device
-from model.sessions import has_cuda_build
+from model.runtime.session import has_cuda_build
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "shapes.onnx"
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
-from model.sessions import CPU
+from model.runtime.session import CPU
 from service.core.refusals import Refusal
 from service.metrics import Metrics
 

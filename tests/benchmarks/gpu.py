@@ -43,22 +43,19 @@ import onnxruntime as ort
 
 from model.image import decode_image, to_canvas
 from model.metadata import ResizePolicy
-from model.sessions import (
-    CPU,
-    CUDA,
+from model.runtime.cores import available_cores
+from model.runtime.cuda import (
     CudaOptions,
     FixedShapes,
     InputShape,
     Lane,
     Memory,
-    available_cores,
     fixed_shape_options,
-    has_cuda_build,
     host_memory,
     open_on_cuda,
-    operators_on,
     preload_cuda,
 )
+from model.runtime.session import CPU, CUDA, has_cuda_build, operators_on
 from model.types import CanvasImage
 from tests.benchmarks.speed import photo
 from tests.support.load import address

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.sessions import has_cuda_build
+from model.runtime.session import has_cuda_build
 
 COMMAND = [sys.executable, "-m", "tests.benchmarks.gpu"]
 QUICK = ["--device", "cpu", "--quick"]

@@ -13,7 +13,7 @@ from onnx import TensorProto
 from model.detector import Detector, DeviceUnavailable, InferenceFailed, common_batches
 from model.image import to_canvas, to_original
 from model.metadata import InvalidModel, Label, ModelMetadata, ResizePolicy
-from model.sessions import has_cuda_build
+from model.runtime.session import has_cuda_build
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
 from tests.support.tiny_model import SHAPES, SMALL, tiny_graph, write_tiny_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.pretrained import PRETRAINED, demo_model
-from model.sessions import has_cuda_build
+from model.runtime.session import has_cuda_build
 from service.config import Settings
 
 PLAIN = "processor : 0\nflags\t\t: fpu sse avx2 avx512f\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model.sessions import has_cuda_build
+from model.runtime.session import has_cuda_build
 from tests.support.faulty_models import write_hanging_model, write_nan_model
 from tests.support.load import Scrape, agree, ask, blocks, free_ports, listens
 from tests.support.serving import picture, server_process, wait_until

@@ -1,4 +1,3 @@
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -15,19 +14,9 @@ import pytest
 
 from model.image import to_canvas
 from model.pretrained import PRETRAINED
-from model.sessions import (
-    BYTES_PER_PIXEL,
-    LANES,
-    AnyShape,
-    DeviceUnavailable,
-    FixedShapes,
-    InputShape,
-    Lane,
-    available_cores,
-    fixed_shape_options,
-    open_on_cpu,
-    operators_on,
-)
+from model.runtime.cpu import AnyShape, open_on_cpu
+from model.runtime.cuda import BYTES_PER_PIXEL, LANES, FixedShapes, InputShape, Lane, fixed_shape_options
+from model.runtime.session import DeviceUnavailable, operators_on
 from model.types import CanvasImage
 from tests.support.tiny_model import SMALL, write_tiny_model
 
@@ -330,18 +319,6 @@ def test_a_closed_sessions_memory_is_given_back() -> None:
     assert len(harness.runner.shapes()) == 1
 
 
-def test_a_single_canvas_is_not_copied_on_its_way_into_the_session() -> None:
-    class Keeping:
-        def run(self, output_names: None, input_feed: dict[str, Any]) -> list[np.ndarray]:
-            self.images = input_feed["images"]
-            return []
-
-    session = Keeping()
-    image = canvas(1)
-    AnyShape(session)([image])
-    assert np.shares_memory(session.images, image.pixels)
-
-
 def test_fixed_shapes_answer_as_one_session_for_all_does(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "a.onnx")
     model = (tmp_path / "a.onnx").read_bytes()
@@ -362,15 +339,6 @@ def pictures(count: int, height: int, width: int) -> Sequence[CanvasImage]:
     return [to_canvas(cv2.resize(picture, (width, height)), SMALL) for picture in coarse]
 
 
-def test_the_operators_a_provider_runs_can_be_listed(tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "a.onnx")
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = ort.InferenceSession(tmp_path / "a.onnx", options, providers=["CPUExecutionProvider"])
-    assert {"MatMul", "Sigmoid", "ArgMax"} <= operators_on(session, "CPUExecutionProvider")
-    assert not operators_on(session, "CUDAExecutionProvider")
-
-
 def test_with_every_size_fixed_the_shipped_graph_computes_no_shapes() -> None:
     """ONNX Runtime would do that on the CPU, and so would a Gather that reads a shape."""
     session = open_fixed(PRETRAINED.read_bytes(), InputShape(2, 96, 128))
@@ -378,35 +346,3 @@ def test_with_every_size_fixed_the_shipped_graph_computes_no_shapes() -> None:
     assert {"Conv", "TopK", "GatherElements"} <= operators
     assert not operators & {"Shape", "Size", "Gather", "NonZero", "Range", "ConstantOfShape"}
     assert [output.shape for output in session.get_outputs()] == [[2, 5000, 4], [2, 5000], [2, 5000]]
-
-
-# Cores
-
-
-def quota_files(folder: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
-    return folder
-
-
-def legacy(quota: str) -> dict[str, str]:
-    return {"cpu/cpu.cfs_quota_us": f"{quota}\n", "cpu/cpu.cfs_period_us": "100000\n"}
-
-
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({}, 1000),
-        ({"cpu.max": "max 100000\n"}, 1000),
-        ({"cpu.max": "100000 100000\n"}, 1),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "290000 100000\n"}, 2),
-        ({"cpu.max": "99900000 100000\n"}, 999),
-        (legacy("-1"), 1000),
-        (legacy("100000"), 1),
-        (legacy("20000"), 1),
-    ],
-)
-def test_cores_are_those_of_affinity_and_quota(tmp_path: Path, files: dict[str, str], quota: int) -> None:
-    assert available_cores(quota_files(tmp_path, files)) == min(len(os.sched_getaffinity(0)), quota)

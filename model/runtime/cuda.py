@@ -1,9 +1,7 @@
-"""How ONNX Runtime is asked to compute: sessions on the CPU and on CUDA, and which of them runs a batch.
+"""Sessions on CUDA, and which of them runs a batch.
 
-On the CPU one session takes any shape; of its threads one is the caller's own, so that callers side by side are threads
-more. On CUDA a session keeps one plan of each convolution, for the last shape it saw,
-and makes all of them again when the shape changes; so each shape gets a session of its own, and a batch is padded to
-the next power of two to keep the shapes few.
+A session keeps one plan of each convolution, for the last shape it saw, and makes all of them again when the shape
+changes; so each shape gets a session of its own, and a batch is padded to the next power of two to keep the shapes few.
 
 Each such session reads and writes memory of fixed addresses (`Lane`), and has two sets of it: while one thread's batch
 runs, another thread's is laid in and uploaded. Nothing but the two calls of `FixedShapes` has to be made on two
@@ -13,26 +11,22 @@ threads for that; on one thread they follow each other.
 import contextlib
 import functools
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from model.metadata import Precision
+from model.runtime.session import CPU, CUDA, DeviceUnavailable, open_session, operators_on, session_options
 from model.types import CanvasImage
 
 logger = logging.getLogger(__name__)
-
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-SHORT_SPIN_MICROSECONDS = "200"
 HEAVY_OPERATORS = frozenset(
     {"Conv", "FusedConv", "ConvInteger", "QLinearConv", "TopK", "Gather", "GatherElements", "GatherND"}
 )
@@ -47,10 +41,6 @@ ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "te
 
 Memory = Literal["cpu", "cuda"]
 """ONNX Runtime's names of where a Lane's inputs and outputs are; the first device of its kind."""
-
-
-class DeviceUnavailable(RuntimeError):
-    """The device asked for cannot be used: no CUDA build, library, driver or GPU, or a model that CUDA cannot run."""
 
 
 class InputShape(NamedTuple):
@@ -71,26 +61,6 @@ class CudaOptions:
     fuse_conv_bias: bool = False
     capture_graph: bool = False
     """Record a run's kernels once and replay them: see CUDA graphs. Each Lane's runs are recorded apart."""
-
-
-class Session(Protocol):
-    """What AnyShape uses of ort.InferenceSession."""
-
-    def run(self, output_names: None, input_feed: dict[str, Any]) -> list[NDArray[Any]]: ...
-
-
-class AnyShape:
-    """One session for every shape. Thread-safe."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __call__(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
-        """The graph's outputs for the canvases, all of one size, as a batch."""
-        pixels = [canvas.pixels for canvas in canvases]
-        images = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)  # a single canvas is not copied
-        sizes = np.array([canvas.size for canvas in canvases], np.int64)
-        return self._session.run(None, {"images": images, "sizes": sizes})
 
 
 class FixedShapes:
@@ -274,20 +244,6 @@ def padded_batch(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def open_on_cpu(model: bytes, threads: int | None = None, *, short_runs: bool = False) -> ort.InferenceSession:
-    """Raises ONNX Runtime's own exceptions.
-
-    ONNX Runtime's threads stay awake for tens of milliseconds after a run, so that the next one finds its cores ready.
-    With `short_runs` they soon sleep: beside runs of a few milliseconds they would hold cores that decoding and
-    answering want.
-    """
-    options = _options(threads or available_cores())
-    if short_runs:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", SHORT_SPIN_MICROSECONDS)
-    options.enable_mem_pattern = False  # patterns are kept for each shape, and shapes vary
-    return _open(model, options, [CPU])
-
-
 @functools.cache
 def preload_cuda() -> None:
     """Load CUDA and cuDNN from the wheels installed beside ours, once, before the first session on CUDA.
@@ -315,7 +271,7 @@ def open_on_cuda(
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    session = _open(model, options, [(CUDA, _provider_options(cuda, memory_limit_bytes)), CPU])
+    session = open_session(model, options, [(CUDA, _provider_options(cuda, memory_limit_bytes)), CPU])
     if session.get_providers()[0] != CUDA:
         raise DeviceUnavailable("ONNX Runtime's own message on stderr says what is missing")
     if misplaced := HEAVY_OPERATORS & operators_on(session, CPU):
@@ -325,7 +281,7 @@ def open_on_cuda(
 
 def fixed_shape_options(shape: InputShape, threads: int) -> ort.SessionOptions:
     """For a session of this shape alone, which can be asked what runs where."""
-    options = _options(threads)
+    options = session_options(threads)
     for name, size in shape._asdict().items():
         options.add_free_dimension_override_by_name(name, size)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -342,50 +298,3 @@ def _provider_options(cuda: CudaOptions, memory_limit_bytes: int) -> dict[str, s
         "fuse_conv_bias": str(int(cuda.fuse_conv_bias)),
         "enable_cuda_graph": str(int(cuda.capture_graph)),
     }
-
-
-def operators_on(session: ort.InferenceSession, provider: str) -> frozenset[str]:
-    """The kinds of node that `provider` runs, in a session opened with session.record_ep_graph_assignment_info."""
-    parts = session.get_provider_graph_assignment_info()
-    return frozenset(node.op_type for part in parts if part.ep_name == provider for node in part.get_nodes())
-
-
-def has_cuda_build() -> bool:
-    """ONNX Runtime was built for CUDA; whether CUDA works here, only opening a session tells."""
-    return CUDA in ort.get_available_providers()
-
-
-def _open(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
-    # With `enable_fallback` a run that fails on CUDA would move the session to the CPU for good, and say so to stdout.
-    session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
-    session._model_bytes = None  # kept for the fallback: as much memory as the weights once more
-    return session
-
-
-def _options(threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # an exception carries the same words
-    # The model is given as bytes, and weights outside them would be looked for in the working directory.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    return options
-
-
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: its affinity, and its container's quota rounded down (throttling costs more than an
-    idle core); at least 1."""
-    cores = len(os.sched_getaffinity(0))
-    quota = _cgroup_quota(cgroup)
-    return cores if quota is None else max(1, min(cores, int(quota)))
-
-
-def _cgroup_quota(cgroup: Path) -> float | None:
-    """Cores, or None where there is no limit. Version 2 keeps both numbers in one file, version 1 in two."""
-    unified, legacy = cgroup / "cpu.max", cgroup / "cpu"
-    if unified.exists():
-        quota, period = unified.read_text().split()
-    elif (legacy / "cpu.cfs_quota_us").exists():
-        quota, period = ((legacy / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-    else:
-        return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
