@@ -21,7 +21,8 @@ from pathlib import Path
 
 import uvicorn
 
-from model.detector import RUNS_AT_ONCE, Detector, available_cores
+from model.detector import Detector, available_cores
+from model.runtime.session import RUNS_AT_ONCE
 from service import detect
 from service.api.app import create_app
 from service.api.connections import DeadlineProtocol

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="auto uses CUDA where it works and says so; cuda fails without it")
     threads: int | None = Field(None, ge=1, description="CPU threads of one inference [the cores available]")
     gpu_memory_limit_bytes: ByteSize | None = Field(
-        None, gt=0, description="GPU memory for sessions, an estimate's limit [12GiB]"
+        None, gt=0, description="GPU memory for all sessions [0.8 of what is free at start]"
     )
 
     score_threshold: Share | None = Field(None, description=f"{OPTION_TEXTS['score_threshold']} [the model file's]")

@@ -1,300 +1,189 @@
-"""Sessions on CUDA, and which of them runs a batch.
+"""CUDA: a session for each input shape, each with two lanes: one runs while the other is uploaded.
 
-A session keeps one plan of each convolution, for the last shape it saw, and makes all of them again when the shape
-changes; so each shape gets a session of its own, and a batch is padded to the next power of two to keep the shapes few.
-
-Each such session reads and writes memory of fixed addresses (`Lane`), and has two sets of it: while one thread's batch
-runs, another thread's is laid in and uploaded. Nothing but the two calls of `FixedShapes` has to be made on two
-threads for that; on one thread they follow each other.
+A batch is padded to the next power of two, to keep the shapes few. What the models of the process share is in
+`model.runtime.cuda_device`, one session in `model.runtime.cuda_session`. Nothing here has run on a GPU yet.
 """
 
-import contextlib
-import functools
 import logging
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from model.metadata import Precision
-from model.runtime.session import CPU, CUDA, DeviceUnavailable, open_session, operators_on, session_options
+from model.metadata import ModelMetadata, Precision, ResizePolicy
+from model.runtime.cuda_device import CudaDevice, ShapeSession, first_gpu
+from model.runtime.cuda_session import Buffers, InputShape, open_on_cuda, padded_batch
+from model.runtime.session import CUDA, RUNS_AT_ONCE, blank_canvas, is_out_of_memory
 from model.types import CanvasImage
 
 logger = logging.getLogger(__name__)
-HEAVY_OPERATORS = frozenset(
-    {"Conv", "FusedConv", "ConvInteger", "QLinearConv", "TopK", "Gather", "GatherElements", "GatherND"}
-)
-"""What must not end up on the CPU when CUDA is asked for. With every shape fixed, no Gather that is left reads a mere
-shape, which ONNX Runtime would rightly do on the CPU."""
-BYTES_PER_PIXEL: Mapping[Precision, int] = {"fp32": 1024, "fp16": 512, "int8": 1024}
-"""Activations and workspace of one canvas pixel: an estimate on the safe side for a ResNet-50, not measured."""
-LANES = 2
-"""One runs, one is filled."""
-ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-"""Of the outputs that a detector, or a part of one, has."""
 
-Memory = Literal["cpu", "cuda"]
-"""ONNX Runtime's names of where a Lane's inputs and outputs are; the first device of its kind."""
+COMMON_SIZES = ((1200, 1200), (1200, 1600), (1600, 1200), (1200, 1800), (1800, 1200), (1080, 1920), (1920, 1080))
+"""(height, width) of pictures whose canvases `warm_up` runs: 1:1, 4:3, 3:2, 16:9, both ways."""
+BYTES_PER_PIXEL: Mapping[Precision, int] = {"fp32": 733, "fp16": 421, "int8": 733}
+"""Activations of one canvas pixel: the most that a ResNet-50's arena took, without cuDNN's workspace."""
+BYTES_PER_COPIED_PIXEL = 3
 
 
-class InputShape(NamedTuple):
-    """The names are those of the graph's free dimensions."""
+class CudaRuntime:
+    """See `model.runtime.session.Runtime`."""
 
-    batch: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class CudaOptions:
-    """What tests/benchmarks/gpu.py varies. The defaults are ONNX Runtime's own, until a measurement says otherwise."""
-
-    use_tf32: bool = True
-    """fp32 convolutions and products by tensor cores, with 10 bits of mantissa."""
-    prefer_nhwc: bool = False
-    fuse_conv_bias: bool = False
-    capture_graph: bool = False
-    """Record a run's kernels once and replay them: see CUDA graphs. Each Lane's runs are recorded apart."""
-
-
-class FixedShapes:
-    """A session for each input shape, opened when first needed; the least recently used are closed to keep the
-    estimated memory within `limit_bytes`. Thread-safe: one batch at a time runs, and one more is uploaded meanwhile.
-    """
+    provider = CUDA
 
     def __init__(
         self,
         open_session: Callable[[InputShape], ort.InferenceSession],
+        device: CudaDevice,
+        resize: ResizePolicy,
         *,
-        memory: Memory,
         weight_bytes: int,
-        limit_bytes: int,
-        bytes_per_pixel: int = BYTES_PER_PIXEL["fp32"],
+        bytes_per_pixel: int,
+        lanes: int = RUNS_AT_ONCE,
     ) -> None:
-        self._open_session = open_session
-        self._memory: Memory = memory
-        self._weight_bytes = weight_bytes
-        self._limit_bytes = limit_bytes
-        self._bytes_per_pixel = bytes_per_pixel
-        self._device = threading.Lock()
-        self._changed = threading.Condition()  # guards what follows
-        self._slots: dict[InputShape, _Slot] = {}  # least recently used first
+        self.lanes = lanes
+        self._open_session, self._device, self._resize = open_session, device, resize
+        self._weight_bytes, self._bytes_per_pixel = weight_bytes, bytes_per_pixel
+        self._sessions: dict[InputShape, ShapeSession] = {}  # the device's lock guards it and the next
+        self._taken = 0
+        self._call: Callable[[], None] = lambda: None
 
-    def __call__(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
-        """The graph's outputs for the canvases, all of one size, as a batch."""
+    def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> "CudaLane | None":
+        with self._device.changed:
+            return self._take(InputShape(padded_batch(count), *canvas_size))
+
+    def run(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
         shape = InputShape(padded_batch(len(canvases)), *canvases[0].canvas_size)
+        with self._device.changed:
+            while (lane := self._take(shape)) is None:
+                self._device.changed.wait()
         try:
-            with self._lane(shape) as lane:
-                lane.load(canvases)
-                with self._device:
-                    lane.run()
-                return lane.read(len(canvases))
-        except Exception:
-            with self._changed:
-                self._slots.clear()  # memory may be what was short, and plans are cheap to make again
-            raise
+            return lane.run(canvases)
+        finally:
+            self._call()
+
+    def when_lane_freed(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def warm_up(self, max_batch_size: int) -> Iterator[list[NDArray[Any]]]:
+        """Run the common canvases, alone and in the batches up to `max_batch_size` that get sessions of their own, as
+        many of them as the budget holds."""
+        batches = common_batches(self._resize, max_batch_size)
+        without = 0
+        for batch in batches:
+            if (outputs := self._warm(batch)) is None:
+                without += 1
+            else:
+                yield outputs
+        if without:
+            logger.warning(
+                "%d of the %d common canvases and batch sizes have no room beside the others and will start slowly: "
+                "a larger gpu_memory_limit_bytes or a smaller max_batch_size helps",
+                without,
+                len(batches),
+            )
+
+    def has_room(self, count: int, canvas_size: tuple[int, int]) -> bool:
+        """A batch of `count` canvases has its session, or gets one without closing another's."""
+        shape = InputShape(padded_batch(count), *canvas_size)
+        with self._device.changed:
+            return shape in self._open_shapes() or self._device.fits(self._new(shape))
 
     def shapes(self) -> list[InputShape]:
-        """Those with an open session, the least recently used first."""
-        with self._changed:
-            return list(self._slots)
+        """The shapes that have an open session, the least recently used first."""
+        with self._device.changed:
+            return self._open_shapes()
 
-    def has_room(self, count: int, height: int, width: int) -> bool:
-        """A batch of `count` canvases has its session, or gets one without closing another's."""
-        shape = InputShape(padded_batch(count), height, width)
-        with self._changed:
-            return shape in self._slots or self._bytes(shape) <= self._bytes_left()
-
-    @contextlib.contextmanager
-    def _lane(self, shape: InputShape) -> Iterator["Lane"]:
-        """A lane of this shape's session, the caller's alone meanwhile."""
-        with self._changed:
-            while (slot := self._slot(shape)) is None or (lane := slot.take()) is None:
-                self._changed.wait()
+    def _warm(self, batch: Sequence[CanvasImage]) -> list[NDArray[Any]] | None:
+        """None: there is no room for its session beside those that are open."""
+        if not self.has_room(len(batch), batch[0].canvas_size):
+            return None
         try:
-            yield lane
-        finally:
-            with self._changed:
-                slot.give_back(lane)
-                self._changed.notify_all()
-
-    def _slot(self, shape: InputShape) -> "_Slot | None":
-        """None: memory that it needs is in use, so wait for a change."""
-        slot = self._slots.pop(shape, None)
-        if slot is None:
-            if not self._make_room(self._bytes(shape)):
+            return self.run(batch)
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            if is_out_of_memory(error):
                 return None
-            slot = _Slot(self._open_session(shape), shape, self._memory)
-        self._slots[shape] = slot
-        return slot
+            raise
 
-    def _make_room(self, needed: int) -> bool:
-        """Close idle sessions until there is room, or none is left open. False: those that are left are in use."""
-        for shape, slot in list(self._slots.items()):
-            if needed <= self._bytes_left():
-                break
-            if slot.is_idle:
-                del self._slots[shape]
-        return needed <= self._bytes_left() or not self._slots
+    def _open_shapes(self) -> list[InputShape]:
+        sessions = [each for each in self._sessions.values() if each.state == "open"]
+        return [each.shape for each in sorted(sessions, key=lambda each: each.last_used)]
 
-    def _bytes_left(self) -> int:
-        return self._limit_bytes - sum(map(self._bytes, self._slots))
+    def _new(self, shape: InputShape) -> ShapeSession:
+        pixels = shape.batch * shape.height * shape.width
+        fixed_bytes = self._weight_bytes + self.lanes * BYTES_PER_COPIED_PIXEL * pixels
+        return ShapeSession(shape, fixed_bytes, self._bytes_per_pixel * pixels)
 
-    def _bytes(self, shape: InputShape) -> int:
-        return self._weight_bytes + self._bytes_per_pixel * shape.batch * shape.height * shape.width
+    def _take(self, shape: InputShape) -> "CudaLane | None":
+        """The lock is held."""
+        if self._taken == self.lanes:
+            return None
+        session = self._sessions.get(shape)
+        if session is None or session.state == "closed":
+            session = self._sessions[shape] = self._new(shape)
+            self._device.open_soon(session, self._open_session, self.lanes, lambda: self._call())
+        if session.state in ("asked", "opening"):
+            return None
+        self._taken += 1
+        return CudaLane(self._device, session, self._device.take(session), self._end)
 
-
-class _Slot:
-    """A session and its lanes."""
-
-    def __init__(self, session: ort.InferenceSession, shape: InputShape, memory: Memory) -> None:
-        self._idle = [Lane(session, shape, memory, number) for number in range(LANES)]
-
-    @property
-    def is_idle(self) -> bool:
-        return len(self._idle) == LANES
-
-    def take(self) -> "Lane | None":
-        return self._idle.pop() if self._idle else None
-
-    def give_back(self, lane: "Lane") -> None:
-        self._idle.append(lane)
+    def _end(self, session: ShapeSession, buffers: Buffers | None) -> None:
+        with self._device.changed:
+            self._taken -= 1
+            if buffers is not None:
+                self._device.give_back(session, buffers)
+            self._device.changed.notify_all()
 
 
-class Lane:
-    """Input and output memory of one session, at addresses that never change, for one batch at a time.
+class CudaLane:
+    """See `model.runtime.session.Lane`."""
 
-    `load`, `run`, `read`. Only `run` keeps the device busy; the copies of the other two go over a stream of their own
-    and have arrived when they return, so another lane's run goes on beside them. They hold Python's lock, though: on
-    CUDA the pictures come from page-locked memory, where ONNX Runtime offers it, and take 0.1 ms each rather than 0.4
-    (2.6 MB over PCIe 4, by its data sheet; not measured).
-    """
+    def __init__(
+        self, device: CudaDevice, session: ShapeSession, buffers: Buffers | None,
+        end: Callable[[ShapeSession, Buffers | None], None],
+    ) -> None:  # fmt: skip
+        self._device, self._session, self._buffers, self._end = device, session, buffers, end
 
-    inputs: dict[str, ort.OrtValue]
-    outputs: dict[str, ort.OrtValue]
-    """By name, in the graph's order."""
-
-    def __init__(self, session: ort.InferenceSession, shape: InputShape, memory: Memory, number: int = 0) -> None:
-        """`number` tells the lanes of one session apart. DeviceUnavailable: the outputs are not of fixed sizes."""
-        self._session = session
-        self._images = host_memory((*shape, 3), memory)
-        # Rows that no picture fills say that all of them is valid: an empty one could divide by zero.
-        self._sizes = np.array([[shape.height, shape.width]] * shape.batch, np.int64)
-        self.inputs = {
-            "images": ort.OrtValue.ortvalue_from_shape_and_type((*shape, 3), np.uint8, memory),
-            "sizes": ort.OrtValue.ortvalue_from_shape_and_type((shape.batch, 2), np.int64, memory),
-        }
-        self.outputs = {
-            node.name: ort.OrtValue.ortvalue_from_shape_and_type(_fixed_sizes(node), ELEMENT_TYPES[node.type], memory)
-            for node in session.get_outputs()
-        }
-        self._binding = session.io_binding()
-        for name, value in self.inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in self.outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-        self._options = ort.RunOptions()
-        self._options.log_severity_level = 4  # as the session's
-        if memory == "cuda":
-            self._options.add_run_config_entry("gpu_graph_id", str(number + 1))  # without capture it means nothing
-
-    def load(self, canvases: Sequence[CanvasImage]) -> None:
-        """Lay the canvases into the first rows, and bring them to the device."""
-        for row, canvas in enumerate(canvases):
-            self._images[row] = canvas.pixels
-            self._sizes[row] = canvas.size
-        self.inputs["images"].update_inplace(self._images)
-        self.inputs["sizes"].update_inplace(self._sizes)
-
-    def run(self) -> None:
-        """Returns when the outputs are there. Raises ONNX Runtime's own exceptions."""
-        self._session.run_with_iobinding(self._binding, self._options)
-
-    def read(self, count: int) -> list[NDArray[Any]]:
-        """The outputs' first rows: copies, since the memory is used again."""
-        return [output.numpy()[:count].copy() for output in self.outputs.values()]
+    def run(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
+        try:
+            if self._buffers is None:
+                assert self._session.error is not None
+                raise self._session.error
+            with self._device.copies:
+                self._buffers.load(canvases)
+            self._device.run(self._buffers)
+            with self._device.copies:
+                return self._buffers.read(len(canvases))
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            self._device.close_failed(self._session, error)
+            raise
+        finally:
+            self._end(self._session, self._buffers)
+            self._buffers = None  # a closed session is dropped here, and not under the lock
 
 
-def _fixed_sizes(node: ort.NodeArg) -> list[int]:
-    if not all(isinstance(size, int) for size in node.shape):
-        raise DeviceUnavailable(f"the output {node.name} {node.shape} is not of a fixed size")
-    return list(node.shape)
+def common_batches(resize: ResizePolicy, max_batch_size: int) -> list[list[CanvasImage]]:
+    """Blank ones, small batches first: one for each common canvas and each number of images that gets a session."""
+    blanks = [blank_canvas(resize, size) for size in COMMON_SIZES]
+    canvases = {canvas.canvas_size: canvas for canvas in blanks}
+    batch_sizes = sorted({padded_batch(count) for count in range(1, max_batch_size + 1)})
+    return [[canvas] * min(count, max_batch_size) for count in batch_sizes for canvas in canvases.values()]
 
 
-def host_memory(shape: Sequence[int], memory: Memory) -> NDArray[np.uint8]:
-    """Zeros to fill and to copy from; for "cuda" page-locked, where ONNX Runtime lists a device that offers it."""
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == CUDA] if memory == "cuda" else []
-    page_locked = devices[0].memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE) if devices else None
-    if page_locked is None:
-        return np.zeros(shape, np.uint8)
-    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, memory_info=page_locked)
-    array: NDArray[np.uint8] = value.numpy()  # on the same memory, which it keeps
-    array[...] = 0
-    return array
+def cuda_runtime(model: bytes, metadata: ModelMetadata, *, limit_bytes: int | None, lanes: int | None) -> CudaRuntime:
+    """The runtime of a file on the first GPU, after a first run. Raises ONNX Runtime's own exceptions."""
+    device = first_gpu(limit_bytes)
 
+    def open_session(shape: InputShape) -> ort.InferenceSession:
+        return open_on_cuda(model, shape, device.limit_bytes, device.options)
 
-def padded_batch(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
-
-
-@functools.cache
-def preload_cuda() -> None:
-    """Load CUDA and cuDNN from the wheels installed beside ours, once, before the first session on CUDA.
-
-    ONNX Runtime offers page-locked memory for the devices of registered libraries only; its own CUDA library is not
-    registered by itself. Without it copies are slower, no more, so that this fails is for the log.
-    """
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; stdout belongs to results
-        ort.preload_dlls()
-    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-    try:
-        ort.register_execution_provider_library(CUDA, str(library))
-    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        logger.info("no page-locked memory: %s", error)
-
-
-def open_on_cuda(
-    model: bytes, shape: InputShape, memory_limit_bytes: int, cuda: CudaOptions = CudaOptions(), *, profile: str = ""
-) -> ort.InferenceSession:
-    """A session for exactly this shape. DeviceUnavailable: CUDA cannot be used, or not for this model's operators.
-
-    `profile`: where ONNX Runtime writes its times, a prefix.
-    """
-    options = fixed_shape_options(shape, threads=1)
-    if profile:
-        options.enable_profiling = True
-        options.profile_file_prefix = profile
-    session = open_session(model, options, [(CUDA, _provider_options(cuda, memory_limit_bytes)), CPU])
-    if session.get_providers()[0] != CUDA:
-        raise DeviceUnavailable("ONNX Runtime's own message on stderr says what is missing")
-    if misplaced := HEAVY_OPERATORS & operators_on(session, CPU):
-        raise DeviceUnavailable(f"CUDA cannot run this model's {', '.join(sorted(misplaced))}")
-    return session
-
-
-def fixed_shape_options(shape: InputShape, threads: int) -> ort.SessionOptions:
-    """For a session of this shape alone, which can be asked what runs where."""
-    options = session_options(threads)
-    for name, size in shape._asdict().items():
-        options.add_free_dimension_override_by_name(name, size)
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return options
-
-
-def _provider_options(cuda: CudaOptions, memory_limit_bytes: int) -> dict[str, str]:
-    return {
-        "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it takes, and never gives back
-        "cudnn_conv_algo_search": "HEURISTIC",  # the default tries all of them, for each new shape
-        "gpu_mem_limit": str(memory_limit_bytes),
-        "use_tf32": str(int(cuda.use_tf32)),
-        "prefer_nhwc": str(int(cuda.prefer_nhwc)),
-        "fuse_conv_bias": str(int(cuda.fuse_conv_bias)),
-        "enable_cuda_graph": str(int(cuda.capture_graph)),
-    }
+    runtime = CudaRuntime(
+        open_session,
+        device,
+        metadata.resize,
+        weight_bytes=len(model) * (2 if device.options.prefer_nhwc else 1),  # NHWC keeps both orders: 1.8 by count
+        bytes_per_pixel=BYTES_PER_PIXEL[metadata.precision],
+        lanes=lanes or RUNS_AT_ONCE,
+    )
+    runtime.run([blank_canvas(metadata.resize)])
+    return runtime

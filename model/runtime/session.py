@@ -1,23 +1,88 @@
-"""ONNX Runtime's sessions: how each is opened, whatever computes."""
+"""The door to a device, and ONNX Runtime's sessions behind it, whatever computes.
+
+A `Lane` is a permit for one batch. `Runtime.free_lane` takes it; its run ends it, however it ends.
+"""
 
 import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from model.image import to_canvas
+from model.metadata import ResizePolicy
+from model.types import CanvasImage
+
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+RUNS_AT_ONCE = 2
+"""Default of the batches that a device takes at once. CUDA: one runs, one is uploaded. CPU: two share the cores."""
+OUT_OF_MEMORY = re.compile(
+    "out of memory|failed to allocate|smaller than requested bytes|ALLOC_FAILED|bad_alloc|CUDA failure 2:",
+    re.IGNORECASE,
+)
 
 
 class DeviceUnavailable(RuntimeError):
     """The device asked for cannot be used: no CUDA build, library, driver or GPU, or a model that CUDA cannot run."""
 
 
-class Session(Protocol):
-    """What AnyShape uses of ort.InferenceSession."""
+class Lane(Protocol):
+    """A batch's permit to be on the device."""
 
-    def run(self, output_names: None, input_feed: dict[str, Any]) -> list[NDArray[Any]]: ...
+    def run(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
+        """Return the graph's outputs, a row for each canvas, and free the lane; all canvases have one size.
+
+        Raises ONNX Runtime's own exceptions, and frees the lane then too. Call once, on any thread.
+        """
+
+
+class Runtime(Protocol):
+    """A model on its device. Thread-safe."""
+
+    provider: str
+    """ONNX Runtime's name of what computes."""
+    lanes: int
+    """Batches that may be on the device at once."""
+
+    def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
+        """Take a lane for `count` canvases of this (height, width), at once: nothing is opened or waited for.
+
+        `concurrent`: more batches run or wait. None: no lane is free, or none for this canvas yet; then it was asked
+        for, and `when_lane_freed` calls when it is there. A canvas that cannot be had gets a lane whose run raises.
+        """
+
+    def run(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
+        """Wait for a lane and run on it: for callers that know no lanes."""
+
+    def when_lane_freed(self, call: Callable[[], None]) -> None:
+        """Have `call` called, on any thread, whenever a lane became free otherwise than by the end of its own run."""
+
+    def warm_up(self, max_batch_size: int) -> Iterator[list[NDArray[Any]]]:
+        """Run blank canvases as the iterator is drawn, and yield what `run` returns of each."""
+
+
+def blank_canvas(resize: ResizePolicy, size: tuple[int, int] = (1200, 1600)) -> CanvasImage:
+    """The canvas of a black picture of this (height, width)."""
+    return to_canvas(np.zeros((*size, 3), np.uint8), resize)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Read off ONNX Runtime's message: its exceptions carry nothing else."""
+    return OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def one_line(error: Exception) -> str:
+    """ONNX Runtime's message without its prefix."""
+    return " ".join(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).split())
+
+
+def has_cuda_build() -> bool:
+    """ONNX Runtime was built for CUDA; whether CUDA works here, only opening a session tells."""
+    return CUDA in ort.get_available_providers()
 
 
 def operators_on(session: ort.InferenceSession, provider: str) -> frozenset[str]:
@@ -26,12 +91,8 @@ def operators_on(session: ort.InferenceSession, provider: str) -> frozenset[str]
     return frozenset(node.op_type for part in parts if part.ep_name == provider for node in part.get_nodes())
 
 
-def has_cuda_build() -> bool:
-    """ONNX Runtime was built for CUDA; whether CUDA works here, only opening a session tells."""
-    return CUDA in ort.get_available_providers()
-
-
 def open_session(model: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+    """Open a session that stays on its provider. Raises ONNX Runtime's own exceptions."""
     # With `enable_fallback` a run that fails on CUDA would move the session to the CPU for good, and say so to stdout.
     session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     session._model_bytes = None  # kept for the fallback: as much memory as the weights once more
@@ -41,6 +102,7 @@ def open_session(model: bytes, options: ort.SessionOptions, providers: list[Any]
 def session_options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_mem_pattern = False  # a pattern for each shape is memory beside the arena's, and shapes vary
     options.log_severity_level = 4  # an exception carries the same words
     # The model is given as bytes, and weights outside them would be looked for in the working directory.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)

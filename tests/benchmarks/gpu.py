@@ -44,11 +44,12 @@ import onnxruntime as ort
 from model.image import decode_image, to_canvas
 from model.metadata import ResizePolicy
 from model.runtime.cores import available_cores
-from model.runtime.cuda import (
+from model.runtime.cuda import BYTES_PER_PIXEL, CudaRuntime
+from model.runtime.cuda_device import CudaDevice
+from model.runtime.cuda_session import (
+    Buffers,
     CudaOptions,
-    FixedShapes,
     InputShape,
-    Lane,
     Memory,
     fixed_shape_options,
     host_memory,
@@ -205,9 +206,9 @@ def open_session(
     return ort.InferenceSession(model, fixed_shape_options(shape, available_cores()), providers=[CPU])
 
 
-def open_lane(model: bytes, shape: InputShape, device: Memory, options: CudaOptions = DEFAULT_OPTIONS) -> Lane:
+def open_lane(model: bytes, shape: InputShape, device: Memory, options: CudaOptions = DEFAULT_OPTIONS) -> Buffers:
     """With random pictures laid in."""
-    lane = Lane(open_session(model, shape, device, options), shape, device)
+    lane = Buffers(open_session(model, shape, device, options), shape, device)
     lane.load(blank(shape.height, shape.width, shape.batch))
     return lane
 
@@ -429,7 +430,7 @@ def stages(plan: Plan, folder: Path) -> None:
         for name, seconds in zip(names, (network, selected - network, run - selected), strict=True):
             report.add(batch, name, round(seconds * 1e3, 3), f"{seconds / run:.1%}")
         pictures, target = blank(shape.height, shape.width, batch), lanes[2].inputs["images"]
-        ordinary, page_locked = np.zeros((*shape, 3), np.uint8), host_memory((*shape, 3), plan.device)
+        ordinary, page_locked = np.zeros((*shape, 3), np.uint8), host_memory((*shape, 3), np.uint8, plan.device).numpy()
         copies = {
             "lay in and upload": partial(lanes[2].load, pictures),
             "upload alone, ordinary memory": partial(target.update_inplace, ordinary),
@@ -537,21 +538,22 @@ def served(plan: Plan, url: str, jpeg: bytes, clients: int, bare: float) -> list
 
 def bare_rate(model: bytes, canvas: CanvasImage, plan: Plan) -> float:
     """Images per second of full batches from two threads, as the service's device threads run them."""
-    sessions = FixedShapes(
+    sessions = CudaRuntime(
         lambda shape: open_session(model, shape, plan.device),
-        memory=plan.device,
+        CudaDevice(plan.device, MEMORY_LIMIT_BYTES, DEFAULT_OPTIONS),
+        plan.resize,
         weight_bytes=len(model),
-        limit_bytes=MEMORY_LIMIT_BYTES,
+        bytes_per_pixel=BYTES_PER_PIXEL["fp32"],
     )
     batch = [canvas] * plan.serving_batch
     for _ in range(SETTLE_RUNS):
-        sessions(batch)
+        sessions.run(batch)
     end = time.perf_counter() + 5 * plan.seconds
 
     def run(_: int) -> int:
         count = 0
         while time.perf_counter() < end:
-            sessions(batch)
+            sessions.run(batch)
             count += len(batch)
         return count
 

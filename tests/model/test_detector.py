@@ -1,7 +1,7 @@
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from model.detector import Detector, DeviceUnavailable, InferenceFailed, common_batches
+from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.image import to_canvas, to_original
-from model.metadata import InvalidModel, Label, ModelMetadata, ResizePolicy
+from model.metadata import InvalidModel, Label, ModelMetadata
 from model.runtime.session import has_cuda_build
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
@@ -259,6 +259,7 @@ def test_a_run_that_raises_is_a_failure_and_the_next_one_works(
         ("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 9", "oom", False),
         ("CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED ; GPU=0", "oom", False),
         ("CUDNN failure 3: CUDNN_STATUS_NOT_SUPPORTED ; GPU=0", "cuda", False),
+        ("bfc_arena.cc:360 Available memory of 37831936 is smaller than requested bytes of 83558400", "oom", False),
         ("std::bad_alloc", "oom", False),
         ("indices element out of data bounds", "other", False),
     ],
@@ -291,78 +292,68 @@ def test_warming_up_twice_changes_no_answer(tiny: Detector) -> None:
     assert_equal(tiny.detect(picture()), before)
 
 
-@pytest.mark.parametrize(("short_run_seconds", "opened_anew"), [(0.0, False), (1000.0, True)])
-def test_warming_up_opens_the_session_anew_where_its_runs_are_short(
-    tiny: Detector, monkeypatch: pytest.MonkeyPatch, short_run_seconds: float, opened_anew: bool
-) -> None:
-    """Short runs want threads that soon sleep."""
-    monkeypatch.setattr("model.detector.SHORT_RUN_SECONDS", short_run_seconds)
-    before, session = tiny.detect(picture()), tiny._run_batch
-    tiny.warm_up()
-    assert (tiny._run_batch is not session) == opened_anew
-    assert tiny._for_short_runs is None, "it would keep the file's bytes in memory"
-    assert_equal(tiny.detect(picture()), before)
+def test_a_warming_run_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "nan.onnx", nan_on_black=True)
+    with pytest.raises(InferenceFailed, match="not finite"):
+        Detector(tmp_path / "nan.onnx").warm_up()
 
 
-def test_side_by_side_runs_answer_alike(tmp_path: Path) -> None:
+# Lanes
+
+
+def test_runs_on_concurrent_lanes_answer_as_one_alone_does(tmp_path: Path) -> None:
     write_tiny_model(path := tmp_path / "tiny.onnx")
     detector = Detector(path, device="cpu", threads=2, runs_at_once=None)
     detector.warm_up()
-    lanes = [detector.free_lane((64, 64), 1, concurrent=True) for _ in range(3)]
-    assert [lane is not None and lane.shared for lane in lanes] == [True, True, False]
-    assert lanes[2] is None
-    assert detector._run_beside._session.get_session_options().intra_op_num_threads == 1  # type: ignore[union-attr]
     canvas = to_canvas(picture(), detector.metadata.resize)
     [alone] = detector.run([canvas])
-    with ThreadPoolExecutor(2) as pool:
-        for [beside] in pool.map(lambda number: detector.run([canvas], lanes[number]), range(2)):
-            np.testing.assert_allclose(beside.scores, alone.scores, atol=1e-6)
-            np.testing.assert_allclose(beside.boxes, alone.boxes, atol=1e-4)
+
+    def run_concurrently(_: int) -> Candidates:
+        while (lane := detector.free_lane(canvas.canvas_size, 1, concurrent=True)) is None:
+            time.sleep(0.001)
+        [answer] = detector.run([canvas], lane)
+        return answer
+
+    with ThreadPoolExecutor(3) as pool:
+        for answer in pool.map(run_concurrently, range(20)):
+            np.testing.assert_allclose(answer.scores, alone.scores, atol=1e-6)
+            np.testing.assert_allclose(answer.boxes, alone.boxes, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("threads", "runs_at_once", "large", "shares"),
-    [(2, None, False, True), (2, None, True, False), (2, 2, True, True), (1, 2, False, False), (2, 1, False, False)],
+    ("threads", "runs_at_once", "large", "lanes"),
+    [(2, None, False, 2), (2, None, True, 1), (2, 2, True, 2), (1, 2, False, 1), (2, 1, False, 1)],
 )
-def test_a_second_session_opens_for_several_threads_and_runs_and_of_a_large_file_only_if_told(
+def test_lanes_need_several_threads_and_runs_and_of_a_large_file_to_be_told(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     threads: int,
     runs_at_once: int | None,
     large: bool,
-    shares: bool,
+    lanes: int,
 ) -> None:
     write_tiny_model(path := tmp_path / "tiny.onnx")
     if large:
-        monkeypatch.setattr("model.detector.LARGE_MODEL_BYTES", path.stat().st_size - 1)
-    detector = Detector(path, device="cpu", threads=threads, runs_at_once=runs_at_once)
-    lane = detector.free_lane((64, 64), 1, concurrent=True)
-    assert lane is not None and lane.shared == shares
+        monkeypatch.setattr("model.runtime.cpu.LARGE_MODEL_BYTES", path.stat().st_size - 1)
+    assert Detector(path, device="cpu", threads=threads, runs_at_once=runs_at_once).lanes == lanes
 
 
-@pytest.mark.parametrize(("seconds", "sizes"), [(1.0, [(384, 544)]), (0.1, [(384, 544), (800, 1088), (800, 1088)])])
-def test_on_a_cpu_a_quarter_of_a_canvas_warms_a_network_that_takes_long(
-    tiny: Detector, monkeypatch: pytest.MonkeyPatch, seconds: float, sizes: list[tuple[int, int]]
-) -> None:
-    ran: list[tuple[int, int]] = []
-
-    def run_for(canvas: CanvasImage) -> float:
-        ran.append(canvas.canvas_size)
-        return seconds
-
-    monkeypatch.setattr(tiny, "metadata", replace(tiny.metadata, resize=ResizePolicy()))
-    monkeypatch.setattr(tiny, "_seconds", run_for)
-    tiny.warm_up()
-    assert ran == sizes
+def test_a_lane_is_free_again_after_a_run_that_fails(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "nan.onnx", nan_on_black=True)
+    detector = Detector(tmp_path / "nan.onnx", device="cpu", threads=1)
+    black = CanvasImage.uniform((64, 96))
+    lane = detector.free_lane(black.canvas_size, 1, concurrent=False)
+    assert lane is not None and detector.free_lane(black.canvas_size, 1, concurrent=False) is None
+    with pytest.raises(InferenceFailed, match="not finite"):
+        detector.run([black], lane)
+    assert detector.free_lane(black.canvas_size, 1, concurrent=False) is not None
 
 
-def test_what_is_warmed_is_each_common_canvas_in_each_batch_that_gets_a_session() -> None:
-    batches = common_batches(ResizePolicy(), max_batch_size=6)
-    sizes = [batch[0].canvas_size for batch in batches]
-    assert [len(batch) for batch in batches] == [1] * 7 + [2] * 7 + [4] * 7 + [6] * 7
-    assert sizes[:7] == [(800, 800), (800, 1088), (1088, 800), (800, 1216), (1216, 800), (768, 1344), (1344, 768)]
-    assert sizes == sizes[:7] * 4
-    assert len(common_batches(ResizePolicy(), max_batch_size=1)) == 7
+def test_whoever_wants_to_know_is_told_when_a_run_without_a_lane_of_its_own_has_ended(tiny: Detector) -> None:
+    told: list[bool] = []
+    tiny.when_lane_freed(lambda: told.append(tiny.free_lane((64, 96), 1, concurrent=False) is not None))
+    tiny.run(canvases(1))
+    assert told == [True]
 
 
 # CUDA: run where there is a GPU build of ONNX Runtime; with one and no GPU, `auto` must fall back and say so
