@@ -20,7 +20,7 @@ LATER_FIELDS = ("anchors",)
 """Files of this format version were written before there were any; where one is missing, the default holds."""
 Precision = Literal["fp32", "fp16", "int8"]
 SCORE_THRESHOLD = 0.05
-"""A detection scores more than this. The three are what a file carries, and a service applies, unless told otherwise."""
+"""A detection scores more than this. These three are what files carry and services apply, unless told otherwise."""
 NMS_THRESHOLD = 0.5
 """Largest IoU of two detections of one label."""
 MAX_DETECTIONS = 300

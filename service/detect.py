@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.files import write_whole
 from model.formats.signatures import HEAD_BYTES, READ, SUFFIXES, name_of
 from model.image import InvalidImage, decode_image
 from model.metadata import InvalidModel
@@ -180,8 +181,5 @@ def _write_results(results: list[dict[str, Any]], path: Path | None) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
+    write_whole(path, data)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.candidates import CandidateDetector
+from model.files import replacing
 from model.metadata import Label
 from model.retinanet import RetinaNet
 from training.config import TrainConfig, from_dict, to_dict
@@ -64,18 +65,14 @@ def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
         "training": dict(checkpoint.training or {}),
         "optimiser": checkpoint.optimiser,
     }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as written:
+        with replacing(file) as temporary, temporary.open("wb") as written:
             torch.save(content, written)
             written.flush()
             os.fsync(written.fileno())  # else a power cut may leave the new name without the new bytes
-        temporary.replace(file)
     except (OSError, RuntimeError) as error:
         kept = "the one before it is intact" if file.exists() else "there is none before it"
         raise CheckpointNotWritten(f"the checkpoint {file} cannot be written: {_cause(error)}; {kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cause(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from model.files import write_whole
 from training.coco import CocoDataSet, load_coco
 from training.config import PRESETS, PROPOSAL_LOSS, PROPOSALS, TrainConfig, override
 from training.evaluate import ApReport, Predictor, evaluate, open_predictor
@@ -241,12 +242,9 @@ def machine(device: torch.device) -> str:
 
 
 def append_result(out: Path, result: Result) -> None:
-    """Wholly or not at all."""
     file = out / "results.jsonl"
     before = file.read_text() if file.exists() else ""
-    temporary = file.with_suffix(".unfinished")
-    temporary.write_text(before + json.dumps(asdict(result)) + "\n")
-    temporary.replace(file)
+    write_whole(file, (before + json.dumps(asdict(result)) + "\n").encode())
 
 
 def read_results(out: Path) -> list[Result]:

@@ -8,7 +8,6 @@ otherwise nothing is left behind.
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.candidates import CandidateDetector
+from model.files import replacing
 from model.folding import fold_norms
 from model.image import to_canvas
 from model.metadata import ModelMetadata, Precision, ResizePolicy
@@ -98,13 +98,9 @@ def export(
         examples = canvas_inputs(next(calibration.canvases(resize)))
     onnx.helper.set_model_props(model, metadata.to_props())
     onnx.checker.check_model(model, full_check=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with replacing(out) as temporary:
         temporary.write_bytes(model.SerializeToString())
         check_equal(detector, temporary, precision, examples)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
     log.info("%s: %s, %.1f MB", out, precision, out.stat().st_size / 1e6)
     return metadata
 

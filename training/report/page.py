@@ -6,13 +6,13 @@ the evaluation saw. Each file gets its name when it is complete, so the page can
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from model.files import write_whole
 from training.evaluate import ApReport
 from training.report.anchor_fit import AnchorFit
 from training.report.plots import (
@@ -86,16 +86,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
             entries[entry["step"], "ap" in entry] = entry
     return [entries[key] for key in sorted(entries)]
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write the file or leave the old one as it was."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _state(entries: Sequence[Mapping[str, Any]], seen: Seen | None) -> str:

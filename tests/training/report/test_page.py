@@ -21,7 +21,7 @@ from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
 from training.evaluate import average_precision
 from training.losses import retinanet_losses
-from training.report.page import read_metrics, write_whole
+from training.report.page import read_metrics
 from training.report.plots import matches
 from training.transforms import TensorTarget
 
@@ -70,14 +70,6 @@ def test_nothing_unfinished_is_left_beside_the_page(run: Finished) -> None:
     assert {file.name for file in run.out.iterdir()} == {
         "best.pt", "last.pt", "metrics.jsonl", "report", "tensorboard",
     }  # fmt: skip
-
-
-def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
-    file = tmp_path / "index.html"
-    write_whole(file, b"old")
-    with pytest.raises(TypeError):
-        write_whole(file, "no bytes")  # type: ignore[arg-type]
-    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"old"]
 
 
 def test_validation_losses_are_trainings_on_whole_pictures(run: Finished) -> None:
