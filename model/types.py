@@ -8,7 +8,7 @@ Boxes are xyxy float32; the frame (canvas or original pixels) is said by the fun
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,3 +63,15 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
+    """Put detections into COCO's results format: bbox is [x, y, width, height]. Nothing is rounded."""
+    boxes = detections.boxes.astype(float)
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {"image_id": image_id, "category_id": class_id, "bbox": box, "score": score}
+        for box, score, class_id in zip(
+            boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+        )
+    ]

@@ -22,7 +22,7 @@ from model.files import write_whole
 from model.formats.signatures import HEAD_BYTES, READ, SUFFIXES, name_of
 from model.image import InvalidImage, decode_image
 from model.metadata import InvalidModel
-from model.types import Detections, Pixels
+from model.types import Detections, Pixels, coco_results
 from service.config import PROGRAM, OneLineParser, Settings, add_setting_flags, read_settings
 from service.drawing import draw, encode_picture
 
@@ -148,20 +148,6 @@ def image_id_of(path: Path) -> int | str:
     return int(path.stem) if path.stem.isdecimal() else path.name
 
 
-def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
-    return [
-        {
-            "image_id": image_id,
-            "category_id": class_id,
-            "bbox": [round(value, 3) for value in (xmin, ymin, xmax - xmin, ymax - ymin)],
-            "score": round(score, 6),
-        }
-        for (xmin, ymin, xmax, ymax), score, class_id in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
-        )
-    ]
-
-
 def _write_drawing(path: Path, pixels: Pixels, detections: Detections, detector: Detector) -> None:
     """JPEG for a JPEG's name, else PNG with .png added to the name."""
     names = {label.class_id: label.label for label in detector.metadata.labels}
@@ -173,11 +159,16 @@ def _write_drawing(path: Path, pixels: Pixels, detections: Detections, detector:
 
 
 def _write_results(results: list[dict[str, Any]], path: Path | None) -> None:
-    text = json.dumps(results) + "\n"
+    text = json.dumps([_rounded(result) for result in results]) + "\n"
     if path is None:
         sys.stdout.write(text)
     else:
         _write(path, text.encode())
+
+
+def _rounded(result: dict[str, Any]) -> dict[str, Any]:
+    """For people's files: boxes to a thousandth of a pixel, scores to six digits."""
+    return result | {"bbox": [round(side, 3) for side in result["bbox"]], "score": round(result["score"], 6)}
 
 
 def _write(path: Path, data: bytes) -> None:

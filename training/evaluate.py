@@ -24,7 +24,7 @@ from model.detector import Detector
 from model.image import to_canvas, to_original
 from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, Label, ResizePolicy
 from model.suppress import suppress
-from model.types import Candidates, CanvasImage, Detections, Pixels
+from model.types import Candidates, CanvasImage, Detections, Pixels, coco_results
 from training.checkpoint import build_detector, load_checkpoint
 from training.coco import OBJECT, CocoDataSet, InvalidDataSet
 from training.config import TrainConfig
@@ -220,16 +220,6 @@ def refuse_unknown_labels(labels: Sequence[Label], data_set: CocoDataSet) -> Non
         raise InvalidDataSet(
             f"the model knows {_names(labels)}; {data_set.annotation_file} has {_names(data_set.labels)}"
         )
-
-
-def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
-    """COCO's results format: bbox is [x, y, width, height]."""
-    boxes = detections.boxes.astype(float)
-    boxes[:, 2:] -= boxes[:, :2]
-    return [
-        {"image_id": image_id, "category_id": int(label), "bbox": box, "score": float(score)}
-        for box, score, label in zip(boxes.tolist(), detections.scores, detections.labels, strict=True)
-    ]
 
 
 def average_precision(

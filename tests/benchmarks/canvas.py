@@ -18,9 +18,9 @@ from model.detector import Detector
 from model.image import resized_size, to_canvas, to_original
 from model.pretrained import PRETRAINED
 from model.suppress import suppress
-from model.types import CanvasImage, Detections, Pixels
+from model.types import CanvasImage, Detections, Pixels, coco_results
 from training.coco import CocoDataSet, load_coco
-from training.evaluate import average_precision, coco_results
+from training.evaluate import average_precision
 
 MakeCanvas = Callable[[Pixels], CanvasImage]
 ENLARGED = 4

@@ -14,9 +14,9 @@ from pycocotools.cocoeval import COCOeval
 
 from model.image import resized_size
 from model.metadata import Label, ResizePolicy
-from model.types import Candidates, CanvasImage, Detections
+from model.types import Candidates, CanvasImage, Detections, coco_results
 from training.coco import CocoDataSet, InvalidDataSet, load_coco, without_classes
-from training.evaluate import Predictor, average_precision, coco_results, evaluate, scaled
+from training.evaluate import Predictor, average_precision, evaluate, scaled
 
 LABELS = (Label(4, "cat"), Label(9, "dog"), Label(11, "absent"))
 RESIZE = ResizePolicy(shorter_side=64, longest_side=128)
