@@ -72,6 +72,11 @@ def resized_size(height: int, width: int, policy: ResizePolicy) -> tuple[int, in
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
+def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:
+    """The canvas of a resized picture: its sides rounded up to multiples of the divisor."""
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+
 def to_canvas(image: Pixels, policy: ResizePolicy) -> CanvasImage:
     """Resize and pad with zeros at the bottom and right to multiples of `policy.divisor`.
 
@@ -79,7 +84,7 @@ def to_canvas(image: Pixels, policy: ResizePolicy) -> CanvasImage:
     """
     original_height, original_width, _ = image.shape
     height, width = resized_size(original_height, original_width, policy)
-    canvas = np.zeros((_ceil(height, policy.divisor), _ceil(width, policy.divisor), 3), np.uint8)
+    canvas = np.zeros((*padded_size(height, width, policy.divisor), 3), np.uint8)
     valid = canvas[:height, :width]
     if _scale(original_height, original_width, policy) >= 0.5:
         cv2.resize(image, (width, height), dst=valid, interpolation=cv2.INTER_LINEAR)
@@ -99,10 +104,6 @@ def to_original(detections: Detections, canvas: CanvasImage) -> Detections:
 
 def _scale(height: int, width: int, policy: ResizePolicy) -> float:
     return min(policy.shorter_side / min(height, width), policy.longest_side / max(height, width))
-
-
-def _ceil(side: int, divisor: int) -> int:
-    return -(-side // divisor) * divisor
 
 
 def _shrink(image: Pixels, out: Pixels) -> None:

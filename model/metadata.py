@@ -79,6 +79,10 @@ class AnchorConfig:
     def per_cell(self) -> int:
         return len(self.scales) * len(self.aspect_ratios)
 
+    def grids(self, canvas: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each level's cells on a canvas (height, width): each level halves, rounded up."""
+        return tuple((-(-canvas[0] // 2**level), -(-canvas[1] // 2**level)) for level in self.levels)
+
 
 @dataclass(frozen=True)
 class ModelMetadata:

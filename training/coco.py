@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.image import InvalidImage, decode_image
-from model.metadata import Label
+from model.image import InvalidImage, decode_image, resized_size
+from model.metadata import Label, ResizePolicy
 from model.types import Pixels
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,16 @@ class Target:
     """[objects] the network's column of each object's class."""
     ignored: NDArray[np.float32]
     """[regions, 4] xyxy; what is found there counts neither for nor against."""
+
+    def scaled(self, scale_x: float, scale_y: float) -> "Target":
+        """The truth about the same picture at another size."""
+        factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+        return Target(self.boxes * factors, self.columns, self.ignored * factors)
+
+    def on_canvas(self, size: tuple[int, int], resize: ResizePolicy) -> "Target":
+        """The truth in canvas pixels, for a picture of `size` (height, width) as evaluation and service resize it."""
+        height, width = resized_size(*size, resize)
+        return self.scaled(width / size[1], height / size[0])
 
 
 @dataclass(frozen=True, eq=False)

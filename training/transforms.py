@@ -8,6 +8,7 @@ function of its key.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.image import resized_size
+from model.image import padded_size, resized_size
 from model.metadata import ResizePolicy
 from model.types import Pixels
 from training.coco import Target
@@ -77,6 +78,10 @@ class TensorTarget:
     columns: Tensor
     ignored: Tensor
 
+    @classmethod
+    def of(cls, target: Target) -> Self:
+        return cls(*(torch.from_numpy(values) for values in (target.boxes, target.columns, target.ignored)))
+
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "TensorTarget":
         return TensorTarget(self.boxes.to(device, dtype), self.columns.to(device), self.ignored.to(device, dtype))
 
@@ -117,10 +122,9 @@ def random_resize(
     new_height, new_width = (max(1, int(side * jitter)) for side in resized_size(height, width, policy))
     if crop_size is None:
         pixels = cv2.resize(sample.pixels, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
-        target = _scale_boxes(sample.target, new_width / width, new_height / height)
-        return replace(sample, pixels=pixels, target=target)
+        return replace(sample, pixels=pixels, target=sample.target.scaled(new_width / width, new_height / height))
     crop = min(crop_size, new_height), min(crop_size, new_width)
-    target = _scale_boxes(sample.target, new_width / width, new_height / height)
+    target = sample.target.scaled(new_width / width, new_height / height)
     top, left = _crop_corner(target, (new_height, new_width), crop, config.crop_on_object, rng)
     pixels = _resized_window(sample.pixels, (new_height, new_width), (top, left), crop)
     return replace(sample, pixels=pixels, target=_crop_boxes(target, (top, left), crop, config.min_visible))
@@ -139,15 +143,12 @@ def random_colour(pixels: Pixels, config: AugmentConfig, rng: Generator) -> Pixe
 
 def collate(samples: Sequence[Sample], divisor: int) -> Batch:
     """Lay the samples into the top left corners of one canvas size, a multiple of the divisor."""
-    sizes = [sample.pixels.shape[:2] for sample in samples]
-    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+    sizes = [(sample.pixels.shape[0], sample.pixels.shape[1]) for sample in samples]
+    height, width = padded_size(max(height for height, _ in sizes), max(width for _, width in sizes), divisor)
     images = np.zeros((len(samples), height, width, 3), dtype=np.uint8)
     for canvas, sample, (h, w) in zip(images, samples, sizes, strict=True):
         canvas[:h, :w] = sample.pixels
-    targets = [
-        TensorTarget(*(torch.from_numpy(a) for a in (s.target.boxes, s.target.columns, s.target.ignored)))
-        for s in samples
-    ]
+    targets = [TensorTarget.of(sample.target) for sample in samples]
     unreadable = tuple(problem for sample in samples for problem in sample.unreadable)
     return Batch(torch.from_numpy(images), torch.tensor(sizes), targets, unreadable)
 
@@ -181,11 +182,6 @@ def _resized_window(
     warped = cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     window_pixels: Pixels = warped
     return window_pixels
-
-
-def _scale_boxes(target: Target, scale_x: float, scale_y: float) -> Target:
-    factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
-    return _map_boxes(target, lambda boxes: boxes * factors)
 
 
 def _crop_boxes(target: Target, corner: tuple[int, int], size: tuple[int, int], min_visible: float) -> Target:

@@ -38,12 +38,7 @@ def examples(
     foreground, background = [], []
     for index, picture in enumerate(data_set.pictures[:limit]):
         canvas = to_canvas(data_set.read(index), resize)
-        scale = torch.tensor([canvas.size[side] / canvas.original_size[side] for side in (1, 0)] * 2)
-        boxes, columns, ignored = (
-            torch.from_numpy(values)
-            for values in (picture.target.boxes, picture.target.columns, picture.target.ignored)
-        )
-        target = TensorTarget(boxes * scale, columns, ignored * scale)
+        target = TensorTarget.of(picture.target.on_canvas(picture.size, resize))
         pixels = detector.normalise(torch.from_numpy(canvas.pixels[None]), torch.tensor([canvas.size]))
         outputs = detector.network(pixels)
         anchors = torch.cat(detector.network.anchors(canvas.canvas_size, outputs.grids))
@@ -51,7 +46,7 @@ def examples(
         [logits] = detector.network.flatten(outputs).cls_logits
         truth = torch.zeros_like(logits, dtype=torch.bool)
         positive = (matches >= 0).nonzero().squeeze(1)
-        truth[positive, columns[matches[positive]]] = True
+        truth[positive, target.columns[matches[positive]]] = True
         counted = (matches != IGNORED)[:, None].expand_as(truth)
         foreground.append(logits[truth & counted])
         background.append(logits[~truth & counted])

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from model.anchors import AnchorConfig, Anchors, cell_anchors
-from model.image import resized_size
+from model.image import padded_size, resized_size
 from model.metadata import ResizePolicy
 from training.coco import CocoDataSet, Picture
 from training.config import LossConfig
 from training.matcher import match
+from training.transforms import TensorTarget
 
 Floats = NDArray[np.float32]
 SIDES = (0, 16, 32, 64, 128, 256, 512, np.inf)
@@ -149,14 +150,11 @@ def fit_anchors(data_set: CocoDataSet, resize: ResizePolicy, anchors: AnchorConf
 
 def canvas_objects(pictures: Sequence[Picture], resize: ResizePolicy) -> CanvasObjects:
     """The objects of all pictures, each picture resized and padded as for evaluation; crowds are left out."""
-    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(picture.target.boxes for picture in pictures)])
-    counts = [len(picture.target.boxes) for picture in pictures]
-    sizes = np.array([picture.size for picture in pictures]).reshape(-1, 2)
-    resized = np.array([resized_size(*picture.size, resize) for picture in pictures]).reshape(-1, 2)
-    scales = np.repeat((resized / sizes).astype(np.float32), counts, axis=0)
-    canvases = np.repeat(_padded(resized, resize.divisor), counts, axis=0)
-    low, high = boxes[:, 1::-1] * scales, boxes[:, :1:-1] * scales  # (y, x)
-    return CanvasObjects((low + high) / 2, high - low, canvases)
+    each = [picture.target.on_canvas(picture.size, resize).boxes for picture in pictures]
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *each])
+    canvases = np.array([_canvas_size(picture, resize) for picture in pictures]).reshape(-1, 2)
+    low, high = boxes[:, 1::-1], boxes[:, :1:-1]  # (y, x)
+    return CanvasObjects((low + high) / 2, high - low, np.repeat(canvases, [len(boxes) for boxes in each], axis=0))
 
 
 def best_anchors(objects: CanvasObjects, config: AnchorConfig) -> BestAnchors:
@@ -178,25 +176,20 @@ def positives_by_level(
     with_objects = [picture for picture in pictures if len(picture.target.boxes)]
     count = min(MATCHED_PICTURES, len(with_objects))
     chosen = [with_objects[index] for index in np.linspace(0, len(with_objects) - 1, count).astype(int)]
-    make = Anchors(config)
-
-    @cache
-    def anchors_of(height: int, width: int) -> tuple[torch.Tensor, list[int]]:
-        grids = [(-(-height // 2**level), -(-width // 2**level)) for level in config.levels]
-        levels = make((height, width), grids)
-        return torch.cat(levels), [len(level) for level in levels]
-
+    anchors_of = cache(Anchors(config))
     positives: list[list[int]] = []
     for picture in chosen:
-        height, width = picture.size
-        new_height, new_width = resized_size(height, width, resize)
-        anchors, lengths = anchors_of(*_padded(np.array([new_height, new_width]), resize.divisor).tolist())
-        scale = np.array([new_width / width, new_height / height] * 2, np.float32)
-        boxes, ignored = (torch.from_numpy(each * scale) for each in (picture.target.boxes, picture.target.ignored))
+        canvas = _canvas_size(picture, resize)
+        levels = anchors_of(canvas, config.grids(canvas))
+        target = TensorTarget.of(picture.target.on_canvas(picture.size, resize))
         matches = match(
-            anchors, boxes, ignored, fg_iou_threshold=loss.fg_iou_threshold, bg_iou_threshold=loss.bg_iou_threshold
+            torch.cat(levels),
+            target.boxes,
+            target.ignored,
+            fg_iou_threshold=loss.fg_iou_threshold,
+            bg_iou_threshold=loss.bg_iou_threshold,
         )
-        positives.append([int((part >= 0).sum()) for part in torch.split(matches, lengths)])
+        positives.append([int((part >= 0).sum()) for part in matches.split([len(level) for level in levels])])
     return tuple(np.mean(positives, axis=0).tolist()) if positives else (0.0,) * len(config.levels)
 
 
@@ -244,9 +237,8 @@ def share(chosen: NDArray[np.bool_]) -> float:
     return float(chosen.mean()) if len(chosen) else float("nan")
 
 
-def _padded(sizes: NDArray[np.int64], divisor: int) -> NDArray[np.int64]:
-    padded: NDArray[np.int64] = -(-sizes // divisor) * divisor
-    return padded
+def _canvas_size(picture: Picture, resize: ResizePolicy) -> tuple[int, int]:
+    return padded_size(*resized_size(*picture.size, resize), resize.divisor)
 
 
 def _shapes(base_size: float, scales: Sequence[float], ratios: Sequence[float]) -> list[tuple[float, float]]:
