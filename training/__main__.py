@@ -17,7 +17,8 @@ from pathlib import Path
 from model.metadata import InvalidModel
 from training.checkpoint import InvalidCheckpoint
 from training.coco import InvalidDataSet, load_coco
-from training.config import PRESETS, TrainConfig, add_flags, override
+from training.config import TrainConfig, add_flags, override
+from training.presets import PRESETS
 from training.stopping import EXIT_CODE, Terminated
 
 USER_ERRORS = (InvalidCheckpoint, InvalidDataSet, InvalidModel, ValueError, OSError, RuntimeError)

@@ -1,8 +1,8 @@
-"""What a training run is made of: frozen values with their help texts, the presets, and the command-line flags made
-from them.
+"""What a training run is made of: frozen values with their help texts, the command-line flags made from them, and their
+way into a checkpoint and back.
 
-A preset is the sole home of its numbers; every value of it can be overridden by the flag of the same name. An
-unknown key is an error, on the command line and in a checkpoint.
+Every value can be overridden by the flag of the same name. An unknown key is an error, on the command line and in a
+checkpoint.
 """
 
 import argparse
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from model.anchors import AnchorConfig
 from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ResizePolicy
 from model.retinanet import RetinaNetConfig
+
+Normaliser = Literal["image", "batch", "running", "anchors"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LossConfig:
     smooth_l1_beta: Annotated[float, "where smooth-L1 turns linear: 1 / sigma**2 for sigma 3"] = 1 / 9
     box_loss_weight: Annotated[float, "factor on the box loss"] = 1.0
     normaliser: Annotated[
-        Literal["image", "batch", "running", "anchors"],
+        Normaliser,
         "divide by each image's positives, then average; by the positives of the whole step; by their running mean; or "
         "by all anchors that count",
     ] = "image"
@@ -126,147 +127,6 @@ class TrainConfig:
     seed: Annotated[int, "of weights and samples"] = 0
     pretrained_backbone: Annotated[bool, "start from torchvision's ImageNet weights (downloaded)"] = True
 
-
-PROPOSAL_LOSS = LossConfig(
-    fg_iou_threshold=0.7,
-    bg_iou_threshold=0.3,
-    border_anchors="ignored",
-    sampled_anchors=256,
-    focal_alpha=-1.0,
-    focal_gamma=0.0,
-    normaliser="anchors",
-)
-"""The region proposal network's: cross-entropy on 256 drawn anchors (Ren et al. 2015 §3.1.2, §3.1.3)."""
-PROPOSALS = DetectionConfig(score_threshold=0.0, nms_threshold=0.7, max_detections=1000)
-
-PRESETS: dict[str, TrainConfig] = {
-    # Lin et al. 2017, §4.1 and §5: ResNet-50, 16 images a step, 90k steps
-    "paper": TrainConfig(),
-    # torchvision's reference recipe: 26 epochs of COCO, milestones after 16 and 22, plain L1. It decays biases too.
-    "torchvision-v1": TrainConfig(
-        model=RetinaNetConfig(p6_from="p5", anchors=AnchorConfig(stride="torchvision")),
-        loss=LossConfig(box_loss="l1"),
-        optimiser=OptimiserConfig(milestones=(16 / 26, 22 / 26)),
-        steps=190_000,
-        group_by_aspect=True,
-        freeze_stages=2,
-    ),
-    # its second one: AdamW, batch norm that is trained, GroupNorm in the heads, GIoU, shorter sides 480 to 800
-    "torchvision-v2": TrainConfig(
-        model=RetinaNetConfig(backbone_norm="batch", head_norm="group", anchors=AnchorConfig(stride="torchvision")),
-        loss=LossConfig(box_loss="giou"),
-        optimiser=OptimiserConfig(
-            optimiser="adamw", learning_rate=1e-4, weight_decay=0.05, milestones=(16 / 26, 22 / 26)
-        ),
-        augment=AugmentConfig(shorter_sides=tuple(range(480, 801, 32))),
-        steps=190_000,
-        group_by_aspect=True,
-        freeze_stages=2,
-    ),
-    # detectron2's RetinaNet R50 3x, on torchvision's backbone weights: shorter sides 640 to 800, smooth-L1 with beta 0,
-    # losses over the running mean of the positives
-    "detectron2-3x": TrainConfig(
-        loss=LossConfig(box_loss="l1", normaliser="running"),
-        optimiser=OptimiserConfig(milestones=(210 / 270, 250 / 270)),
-        augment=AugmentConfig(shorter_sides=tuple(range(640, 801, 32))),
-        steps=270_000,
-        group_by_aspect=True,
-        freeze_stages=2,
-    ),
-    # Lin et al. 2017, Feature Pyramid Networks, §5.1: proposals, 16 images a step, 40k steps
-    "rpn": TrainConfig(
-        model=RetinaNetConfig(
-            p6_from="pool", head="shared", head_convs=1, anchors=AnchorConfig(scales=(1.0,), lowest_level=2)
-        ),
-        loss=PROPOSAL_LOSS,
-        optimiser=OptimiserConfig(learning_rate=0.02, milestones=(30 / 40,)),
-        detection=PROPOSALS,
-        steps=40_000,
-        class_agnostic=True,
-    ),
-    # small enough to be trained from scratch on two cores, on crops at the scale that is served
-    "demo": TrainConfig(
-        model=RetinaNetConfig(
-            backbone="resnet18",
-            backbone_width=0.375,
-            backbone_norm="batch",
-            fpn_channels=64,
-            head_channels=64,
-            head_convs=2,
-            head_norm="batch",
-            anchors=AnchorConfig(base_sizes=(20, 40, 80, 160, 320)),
-        ),
-        loss=LossConfig(box_loss="giou", normaliser="batch"),
-        optimiser=OptimiserConfig(
-            optimiser="adamw",
-            learning_rate=1.5e-3,
-            reference_batch_size=8,
-            weight_decay=0.03,
-            warmup_steps=200,
-            schedule="cosine",
-            gradient_clip=10.0,
-            ema_decay=0.9985,
-            freeze_batch_norm_from=0.75,
-        ),
-        augment=AugmentConfig(
-            vertical_flip=0.5,
-            transpose=0.5,
-            scale_jitter=(0.6, 1.3),
-            crop_sizes=(384, 544, 672),
-            crop_batch_sizes=(6, 3, 2),
-            crop_probabilities=(0.3, 0.3, 0.4),
-            crop_on_object=0.7,
-            shuffle_channels=0.5,
-        ),
-        steps=8000,
-        batch_size=8,
-        checkpoint_every=100,
-        evaluate_every=1500,
-        evaluate_images=60,
-        pretrained_backbone=False,
-    ),
-    # a few minutes on two cores, what `python -m training article` compares: to find objects is learned before classes
-    "article": TrainConfig(
-        model=RetinaNetConfig(
-            backbone="resnet18",
-            backbone_width=0.25,
-            backbone_norm="batch",
-            fpn_channels=32,
-            head_channels=32,
-            head_convs=2,
-            head_norm="batch",
-            anchors=AnchorConfig(base_sizes=(8, 16, 32, 64, 128)),
-        ),
-        loss=LossConfig(normaliser="batch"),
-        optimiser=OptimiserConfig(
-            optimiser="adamw",
-            learning_rate=3e-3,
-            reference_batch_size=8,
-            weight_decay=0.03,
-            warmup_steps=50,
-            schedule="cosine",
-            gradient_clip=10.0,
-            ema_decay=0.98,
-            freeze_batch_norm_from=0.75,
-        ),
-        augment=AugmentConfig(
-            vertical_flip=0.5,
-            shorter_sides=(256,),
-            crop_sizes=(256,),
-            crop_batch_sizes=(8,),
-            crop_probabilities=(1.0,),
-            crop_on_object=0.5,
-        ),
-        resize=ResizePolicy(shorter_side=256, longest_side=427),
-        steps=500,
-        batch_size=8,
-        log_every=1,
-        checkpoint_every=100,
-        evaluate_every=0,
-        class_agnostic=True,
-        pretrained_backbone=False,
-    ),
-}
 
 Config = TypeVar("Config")
 

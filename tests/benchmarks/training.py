@@ -37,10 +37,11 @@ from model.backbones import RESNETS
 from model.detector import available_cores
 from tests.benchmarks.measuring import machine
 from training.coco import CocoDataSet, load_coco
-from training.config import PRESETS, TrainConfig
+from training.config import TrainConfig
 from training.data import load_batches, schedule
 from training.demo.draw import draw_data_set
 from training.distributed import ALONE
+from training.presets import PRESETS
 from training.state import TrainState, new_state
 from training.train import Run
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from training.config import PRESETS, TrainConfig, add_flags, from_dict, override, to_dict
+from training.config import TrainConfig, add_flags, from_dict, override, to_dict
+from training.presets import PRESETS
 
 
 def parsed(*arguments: str) -> dict[str, object]:

@@ -15,10 +15,11 @@ from tests.support.networks import draw
 from tests.support.serving import server_process
 from training.checkpoint import Checkpoint, build_detector
 from training.coco import OBJECT
-from training.config import PRESETS, TrainConfig
+from training.config import TrainConfig
 from training.evaluate import torch_predictor
 from training.exchange.onnx_file import export
 from training.losses import retinanet_losses
+from training.presets import PRESETS
 from training.transforms import TensorTarget
 
 RPN = PRESETS["rpn"]

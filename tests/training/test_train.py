@@ -20,10 +20,11 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.coco import CocoDataSet, InvalidDataSet, load_coco
-from training.config import PRESETS, LossConfig, TrainConfig
+from training.config import LossConfig, TrainConfig
 from training.data import load_batches, schedule
 from training.losses import Losses
 from training.optimiser import learning_rate, memory_format
+from training.presets import PRESETS
 from training.state import RunFolderInUse
 from training.stopping import WATCHED, LossWatch, TrainingDiverged
 

@@ -20,8 +20,8 @@ from training.ablations.loss_shares import cumulative_share, examples, loss_of_e
 from training.ablations.runs import FIGURES, ROWS, Result, read_losses, read_results
 from training.checkpoint import build_detector, load_checkpoint
 from training.coco import CocoDataSet
-from training.config import PRESETS
 from training.focal import focal_loss_sum
+from training.presets import PRESETS
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 SHARES_OF = 50
@@ -254,7 +254,7 @@ def _number(value: float | None) -> str:
 
 
 def _introduction(results: Mapping[str, Result]) -> str:
-    preset = PRESETS["article"]
+    preset = PRESETS["ablation"]
     baseline = results.get("baseline")
     steps = preset.steps if baseline is None else baseline.steps
     pictures = "" if baseline is None else f"{baseline.num_pictures} "

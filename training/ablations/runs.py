@@ -21,8 +21,9 @@ import torch
 
 from model.files import write_whole
 from training.coco import CocoDataSet, load_coco
-from training.config import PRESETS, PROPOSAL_LOSS, PROPOSALS, TrainConfig, override
+from training.config import TrainConfig, override
 from training.evaluate import ApReport, Predictor, evaluate, open_predictor
+from training.presets import PRESETS, PROPOSAL_LOSS, PROPOSALS
 from training.stopping import TrainingDiverged
 from training.train import train
 
@@ -46,7 +47,7 @@ class Row:
 
     def config(self, steps: int | None) -> TrainConfig:
         """steps: at most so many."""
-        config = override(PRESETS["article"], self.values)
+        config = override(PRESETS["ablation"], self.values)
         return config if steps is None else replace(config, steps=min(steps, config.steps))
 
 

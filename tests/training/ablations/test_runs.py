@@ -13,9 +13,9 @@ from training.ablations.loss_shares import cumulative_share, loss_of_each, share
 from training.ablations.page import PARTS, Claim, scenario_table, verdict, write_page
 from training.ablations.runs import ROWS, Result, append_result, read_results, run_rows
 from training.coco import load_coco
-from training.config import PRESETS
 from training.focal import focal_loss_sum
 from training.optimiser import learning_rate
+from training.presets import PRESETS
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_every_row_has_a_name_of_its_own_and_changes_only_what_there_is() -> Non
         changed = {name: value for part in (config, config.model, config.model.anchors, config.loss, config.optimiser,
                                             config.detection) for name, value in vars(part).items()}  # fmt: skip
         assert {name: changed[name] for name in row.values} == dict(row.values)
-        assert (config == PRESETS["article"]) == (not row.values)
+        assert (config == PRESETS["ablation"]) == (not row.values)
 
 
 def test_the_rows_of_bare_sgd_keep_their_learning_rate() -> None:

@@ -13,7 +13,7 @@ from tests.support.networks import TINY, tiny_checkpoint
 from tests.support.tiny_training import write_tiny_data
 from training.__main__ import main
 from training.checkpoint import Checkpoint, InvalidCheckpoint, load_checkpoint, save_checkpoint
-from training.config import PRESETS, OptimiserConfig, TrainConfig
+from training.config import OptimiserConfig, TrainConfig
 from training.exchange.finetune import (
     LOGITS,
     Transfer,
@@ -24,6 +24,7 @@ from training.exchange.finetune import (
     transfer,
 )
 from training.optimiser import build_optimiser, set_train_mode
+from training.presets import PRESETS
 
 CELL = TINY.anchors.per_cell
 NEW = (Label(5, "thing 2"), Label(6, "bird"), Label(9, "thing 0"), Label(11, "fish"))
