@@ -39,10 +39,9 @@ def fold_norms(detector: CandidateDetector) -> CandidateDetector:
     for subnet in (heads.classification_head.conv, heads.regression_head.conv):
         for position, layer in enumerate(subnet):
             assert isinstance(layer, HeadLayer)
-            conv, *norm, relu = layer
-            if norm and isinstance(norm[0], nn.ModuleList):
-                fused = [fuse_conv_bn_eval(conv, each) for each in norm[0]]  # type: ignore[arg-type, type-var]
-                subnet[position] = LevelConvs(nn.ModuleList(fused), relu)
+            if isinstance(layer.norm, nn.ModuleList):
+                fused = [fuse_conv_bn_eval(layer.conv, norm) for norm in layer.norm]  # type: ignore[arg-type, type-var]
+                subnet[position] = LevelConvs(nn.ModuleList(fused), layer.relu)
     return detector
 
 

@@ -4,9 +4,10 @@ The same network with other values is the region proposal network on a pyramid (
 P2 to P6), and what the pyramid is compared with: the top level alone, or levels without a top-down path.
 
 In:   normalised RGB images [N, 3, H, W]
-Out:  `LevelOutputs`, one pair of maps for each level; A anchors per cell, K classes Parameter names are
-torchvision's (`backbone.body`, `backbone.fpn.inner_blocks`, `head.classification_head.conv`, ...), so that its COCO
-checkpoints load with `strict=True`.
+Out:  `LevelOutputs`, one pair of maps for each level; A anchors per cell, K classes
+
+Parameter names are torchvision's (`backbone.body`, `backbone.fpn.inner_blocks`, `head.classification_head.conv`, ...),
+so that its COCO checkpoints load with `strict=True`.
 
 Sources: Lin et al. 2017, Focal Loss for Dense Object Detection (RetinaNet, §4); Lin et al. 2017, Feature Pyramid
 Networks (§4.1 for proposals, §5.1 for the comparisons).
@@ -18,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.anchors import AnchorConfig, Anchors
 from model.backbones import STAGE_LEVELS, Backbone, NormKind, build_backbone
+from model.pyramid import FeaturePyramid, zero_bias
 
 GROUPS = 32
 """Of GroupNorm in the heads, as torchvision's v2 has it; fewer where the head is narrower than 256."""
@@ -133,6 +134,10 @@ class RetinaNet(nn.Module):
         levels = self.head.conv(self.backbone(images))
         return LevelOutputs(self.head.classification_head(levels), self.head.regression_head(levels))
 
+    def anchors_of(self, canvas: tuple[int, int]) -> Tensor:
+        """Every anchor [anchors, 4] of a canvas (height, width), xyxy in its pixels."""
+        return torch.cat(self.anchors(canvas, self.anchors.config.grids(canvas)))
+
     @property
     def dtype(self) -> torch.dtype:
         """What the network computes in."""
@@ -156,81 +161,6 @@ class BackboneWithPyramid(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.fpn(list(self.body(images).values()))  # type: ignore[no-any-return]
-
-
-class FeaturePyramid(nn.Module):
-    """A level up to P5 for each of the backbone's maps, by lateral connections and a top-down path, and those above.
-
-    P6 and P7 are strided convolutions (RetinaNet), or P6 is every second cell of P5 (Feature Pyramid Networks §4.1).
-    """
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        channels: int,
-        *,
-        top_down: bool,
-        extra_from: Literal["c5", "p5", "pool"],
-        num_extra: int,
-    ) -> None:
-        """num_extra: levels above P5. ValueError: they cannot be made from what they shall be made from."""
-        super().__init__()
-        most = 1 if extra_from == "pool" else 2
-        if not 0 <= num_extra <= most:
-            raise ValueError(
-                f"a pyramid from {extra_from} ends at P5 to P{STAGE_LEVELS[-1] + most}, not at "
-                f"P{STAGE_LEVELS[-1] + num_extra}: give as many base sizes as it has levels"
-            )
-        self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, channels, 1)) for c in in_channels)
-        self.layer_blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)) for _ in in_channels
-        )
-        for conv in [*self.inner_blocks, *self.layer_blocks]:
-            nn.init.kaiming_uniform_(conv[0].weight, a=1)
-            _zero_bias(conv[0])
-        self.extra_blocks: nn.Module = EveryOtherCell()
-        if extra_from != "pool":
-            self.extra_blocks = P6P7(in_channels[-1] if extra_from == "c5" else channels, channels, num_extra)
-        self.top_down = top_down
-        self.extra_from = extra_from
-        self.num_extra = num_extra
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        laterals = [inner(feature) for inner, feature in zip(self.inner_blocks, features, strict=True)]
-        if self.top_down:
-            for lower in reversed(range(len(laterals) - 1)):
-                size = laterals[lower].shape[-2:]
-                laterals[lower] = laterals[lower] + F.interpolate(laterals[lower + 1], size=size, mode="nearest")
-        pyramid = [layer(lateral) for layer, lateral in zip(self.layer_blocks, laterals, strict=True)]
-        if not self.num_extra:
-            return pyramid
-        return [*pyramid, *self.extra_blocks(features[-1] if self.extra_from == "c5" else pyramid[-1])]
-
-
-class P6P7(nn.Sequential):
-    """P6 alone, or P6 and P7, by convolutions of stride 2."""
-
-    def __init__(self, in_channels: int, channels: int, num_levels: int) -> None:
-        super().__init__()
-        convs = [nn.Conv2d(c, channels, 3, stride=2, padding=1) for c in (in_channels, channels)[:num_levels]]
-        for name, conv in zip(("p6", "p7"), convs, strict=False):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            _zero_bias(conv)
-            self.add_module(name, conv)
-
-    def forward(self, feature: Tensor) -> list[Tensor]:
-        first, *more = self
-        levels = [first(feature)]
-        for conv in more:
-            levels.append(conv(F.relu(levels[-1])))
-        return levels
-
-
-class EveryOtherCell(nn.Module):
-    """P6 as Feature Pyramid Networks has it: P5 with stride 2, nothing learned."""
-
-    def forward(self, feature: Tensor) -> list[Tensor]:
-        return [F.max_pool2d(feature, kernel_size=1, stride=2)]
 
 
 class Heads(nn.Module):
@@ -264,7 +194,7 @@ class RegressionHead(nn.Module):
         self.conv = _own_subnet(config)
         self.bbox_reg = _output_layer(config, config.level_anchors.per_cell * 4)
         nn.init.normal_(self.bbox_reg.weight, std=0.01)
-        _zero_bias(self.bbox_reg)
+        zero_bias(self.bbox_reg)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         return [self.bbox_reg(level) for level in self.conv(levels)]
@@ -275,21 +205,33 @@ def prior_bias(prior: float) -> float:
     return -math.log((1 - prior) / prior)
 
 
-def _zero_bias(conv: nn.Conv2d) -> None:
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
-
-
 class HeadLayer(nn.Sequential):
     """Convolution, norm where there is one, ReLU, for the maps of every level: [N, channels, rows, columns] each."""
 
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None) -> None:
+        """norm: for all levels, or an `nn.ModuleList` with one for each."""
+        super().__init__(conv, *(() if norm is None else (norm,)), nn.ReLU(inplace=True))
+        self.has_norm = norm is not None
+
+    @property
+    def conv(self) -> nn.Module:
+        return self[0]
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return self[1] if self.has_norm else None
+
+    @property
+    def relu(self) -> nn.Module:
+        return self[-1]
+
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        conv, *norm, relu = self
-        levels = [conv(level) for level in levels]
-        if norm:
-            each = norm[0] if isinstance(norm[0], nn.ModuleList) else norm * len(levels)
-            levels = [layer(level) for layer, level in zip(each, levels, strict=True)]
-        return [relu(level) for level in levels]
+        levels = [self.conv(level) for level in levels]
+        if isinstance(self.norm, nn.ModuleList):
+            levels = [norm(level) for norm, level in zip(self.norm, levels, strict=True)]
+        elif self.norm is not None:
+            levels = [self.norm(level) for level in levels]
+        return [self.relu(level) for level in levels]
 
 
 def _output_layer(config: RetinaNetConfig, out_channels: int) -> nn.Conv2d:
@@ -309,18 +251,18 @@ def _subnet(config: RetinaNetConfig) -> nn.Sequential:
         conv = nn.Conv2d(channels, config.head_channels, 3, padding=1, bias=config.head_norm == "none")
         nn.init.normal_(conv.weight, std=0.01)
         if config.head_norm == "none":
-            _zero_bias(conv)
-        layers.append(HeadLayer(conv, *_head_norm(config), nn.ReLU(inplace=True)))
+            zero_bias(conv)
+        layers.append(HeadLayer(conv, _head_norm(config)))
         channels = config.head_channels
     return nn.Sequential(*layers)
 
 
-def _head_norm(config: RetinaNetConfig) -> list[nn.Module]:
+def _head_norm(config: RetinaNetConfig) -> nn.Module | None:
     """As torchvision's v2 has it in a `group` head; one for each level in a `batch` head."""
     match config.head_norm:
         case "group":
-            return [nn.GroupNorm(min(GROUPS, config.head_channels // 8), config.head_channels)]
+            return nn.GroupNorm(min(GROUPS, config.head_channels // 8), config.head_channels)
         case "batch":
-            return [nn.ModuleList(nn.BatchNorm2d(config.head_channels) for _ in config.level_anchors.levels)]
+            return nn.ModuleList(nn.BatchNorm2d(config.head_channels) for _ in config.level_anchors.levels)
         case "none":
-            return []
+            return None

@@ -12,7 +12,14 @@ from tests.support.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "service", "training")
-WITH_TORCH = {"model/anchors.py", "model/backbones.py", "model/retinanet.py", "model/candidates.py", "model/folding.py"}
+WITH_TORCH = {
+    "model/anchors.py",
+    "model/backbones.py",
+    "model/pyramid.py",
+    "model/retinanet.py",
+    "model/candidates.py",
+    "model/folding.py",
+}
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "pycocotools", "matplotlib", "tensorboard")
 """What the service does not install."""
 
