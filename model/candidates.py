@@ -8,7 +8,6 @@ Source: Lin et al. 2017 §4.1 "Inference"; the order (top-k, decode, clip) is to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +43,6 @@ class Normalise(nn.Module):
         return pixels.reshape(batch, 3, height, width)
 
 
-@dataclass(frozen=True, eq=False)
-class CandidateBatch:
-    """Canvas pixels; candidates = 1,000 x levels."""
-
-    boxes: Tensor
-    """float32 [N, candidates, 4] xyxy, clipped to each image's size."""
-    scores: Tensor
-    """float32 [N, candidates]"""
-    labels: Tensor
-    """int64 [N, candidates] category ids"""
-
-
 class CandidateDetector(nn.Module):
     """A RetinaNet from canvases to candidates."""
 
@@ -70,12 +57,19 @@ class CandidateDetector(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images uint8 [N, H, W, 3] RGB, sizes int64 [N, 2] valid (height, width) -> boxes, scores, labels."""
-        pixels = self.normalise(images, sizes).to(self.network.dtype)
-        outputs = self.network(pixels)
-        batch = self.select(outputs, sizes, canvas=(images.shape[1], images.shape[2]))
-        return batch.boxes, batch.scores, batch.labels
+        return self.select(self.outputs(images, sizes), sizes, canvas=(images.shape[1], images.shape[2]))
 
-    def select(self, outputs: LevelOutputs, sizes: Tensor, canvas: tuple[int, int]) -> CandidateBatch:
+    def outputs(self, images: Tensor, sizes: Tensor) -> LevelOutputs:
+        """Run the network on canvases, as `forward` takes them."""
+        outputs: LevelOutputs = self.network(self.normalise(images, sizes).to(self.network.dtype))
+        return outputs
+
+    def select(self, outputs: LevelOutputs, sizes: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the candidates of a canvas (height, width), in its pixels.
+
+        returns  boxes float32 [N, candidates, 4] xyxy, clipped to each image's size; scores float32 [N, candidates];
+                 labels int64 [N, candidates], category ids; candidates = 1,000 x levels
+        """
         anchors = self.network.anchors(canvas, outputs.grids)
         num_classes = self.network.num_classes
         levels = [
@@ -86,7 +80,7 @@ class CandidateDetector(nn.Module):
         ]
         boxes, logits, columns = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         scores = torch.where(logits == -torch.inf, -1.0, torch.sigmoid(logits))
-        return CandidateBatch(_clip(boxes, sizes), scores, self.class_ids[columns])
+        return _clip(boxes, sizes), scores, self.class_ids[columns]
 
 
 def _select_level(

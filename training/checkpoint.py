@@ -44,7 +44,8 @@ class Checkpoint:
     data_set: str = ""
     training: Mapping[str, str] | None = None
     """How it was made, for people: command, seconds, commit."""
-    optimiser: Mapping[str, Any] | None = None
+    resume: Mapping[str, Any] | None = None
+    """What going on needs besides: the optimiser's state, among others."""
 
     @property
     def best_weights(self) -> Mapping[str, Tensor]:
@@ -63,7 +64,7 @@ def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
         "ap": checkpoint.ap,
         "data_set": checkpoint.data_set,
         "training": dict(checkpoint.training or {}),
-        "optimiser": checkpoint.optimiser,
+        "optimiser": checkpoint.resume,  # its name in files since the first ones
     }
     try:
         with replacing(file) as temporary, temporary.open("wb") as written:
@@ -104,7 +105,7 @@ def load_checkpoint(file: Path) -> Checkpoint:
             ap=content["ap"],
             data_set=content["data_set"],
             training=content["training"],
-            optimiser=content["optimiser"],
+            resume=content["optimiser"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidCheckpoint(f"{file} does not hold what this version expects: {error}") from error

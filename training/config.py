@@ -15,6 +15,7 @@ from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, Resiz
 from model.retinanet import RetinaNetConfig
 
 Normaliser = Literal["image", "batch", "running", "anchors"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class TrainConfig:
         Literal["stop", "skip"], "a picture that cannot be read ends the run, or is named and the next one stands in"
     ] = "stop"
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16", "fp64"],
+        Precision,
         "of the network's arithmetic: bf16 and fp16 by autocast, weights stay fp32; fp64 to compare runs exactly",
     ] = "fp32"
     channels_last: Annotated[

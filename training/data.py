@@ -5,6 +5,7 @@ resumed sees the same samples as one that was not, with any number of workers; a
 one process would see.
 """
 
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from model.metadata import ResizePolicy
 from training.coco import CocoDataSet, InvalidDataSet
-from training.config import TrainConfig
+from training.config import AugmentConfig, TrainConfig
 from training.distributed import ALONE, Ranks
 from training.transforms import Batch, Sample, augment, collate
 
+log = logging.getLogger(__name__)
 # First words of the seeds, so that no two streams of random numbers are the same.
 ORDER, SAMPLE, CROP, ANCHORS = 1, 2, 3, 4
 
@@ -31,15 +34,13 @@ class SampleKey:
 
 
 class TrainingSamples(Dataset[Sample]):
-    def __init__(self, data_set: CocoDataSet, config: TrainConfig) -> None:
-        self.data_set = data_set
-        self.config = config
+    def __init__(self, data_set: CocoDataSet, config: AugmentConfig, resize: ResizePolicy, seed: int) -> None:
+        self.data_set, self.config, self.resize, self.seed = data_set, config, resize, seed
 
     def __getitem__(self, key: SampleKey) -> Sample:
         """The picture of that index, or the next one that can be read, with what was wrong with those before it."""
-        rng = np.random.default_rng([SAMPLE, self.config.seed, key.epoch, key.index])
-        sample = self._read(key.index)
-        return augment(sample, self.config.augment, self.config.resize, rng, key.crop_size)
+        rng = np.random.default_rng([SAMPLE, self.seed, key.epoch, key.index])
+        return augment(self._read(key.index), self.config, self.resize, rng, key.crop_size)
 
     def _read(self, first: int) -> Sample:
         unreadable: list[str] = []
@@ -54,21 +55,23 @@ class TrainingSamples(Dataset[Sample]):
         raise InvalidDataSet(f"none of the {len(self.data_set)} pictures can be read: {unreadable[0]}")
 
 
-def schedule(sizes: Sequence[tuple[int, int]], config: TrainConfig) -> Iterator[list[SampleKey]]:
-    """The keys of each step's samples, without end: shuffled epochs cut into steps, across epoch borders.
+def schedule(
+    sizes: Sequence[tuple[int, int]], config: AugmentConfig, *, num_images: int, group_by_aspect: bool, seed: int
+) -> Iterator[list[SampleKey]]:
+    """Yield the keys of each step's samples, without end: shuffled epochs cut into steps, across epoch borders.
 
-    sizes  (height, width) of every picture; with `group_by_aspect` they decide whose step it is
+    sizes       (height, width) of every picture; with `group_by_aspect` they decide whose step it is
+    num_images  of a step, where crops have no batch sizes of their own
     """
-    rng = np.random.default_rng([CROP, config.seed])
-    crops = config.augment
-    groups = [int(config.group_by_aspect and height > width) for height, width in sizes]
+    rng = np.random.default_rng([CROP, seed])
+    groups = [int(group_by_aspect and height > width) for height, width in sizes]
     waiting: tuple[list[tuple[int, int]], ...] = ([], [])
-    order = _endless_order(len(sizes), config.seed)
+    order = _endless_order(len(sizes), seed)
     while True:
-        crop_size, batch_size = None, config.batch_size
-        if crops.crop_sizes:
-            drawn = int(rng.choice(len(crops.crop_sizes), p=crops.crop_probabilities))
-            crop_size, batch_size = crops.crop_sizes[drawn], crops.crop_batch_sizes[drawn]
+        crop_size, batch_size = None, num_images
+        if config.crop_sizes:
+            drawn = int(rng.choice(len(config.crop_sizes), p=config.crop_probabilities))
+            crop_size, batch_size = config.crop_sizes[drawn], config.crop_batch_sizes[drawn]
         full = next((group for group in waiting if len(group) >= batch_size), None)
         while full is None:
             epoch, index = next(order)
@@ -93,7 +96,7 @@ def load_batches(
     ranks: Ranks = ALONE,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of the batches of steps first_step … config.steps - 1.
+    """Yield this rank's share of the batches of steps first_step … config.steps - 1. Skipped pictures are logged.
 
     InvalidDataSet, where the batch comes up: a picture cannot be read and `unreadable` is not skip.
     ValueError: a step has too few images for the ranks and the parts.
@@ -105,10 +108,16 @@ def load_batches(
             f"a step of {smallest} images cannot be shared by {ranks.size} processes in {config.accumulate_steps} "
             f"parts each; a larger --batch-size (or --crop-batch-sizes) can"
         )
-    steps = schedule([picture.size for picture in data_set.pictures], config)
+    steps = schedule(
+        [picture.size for picture in data_set.pictures],
+        config.augment,
+        num_images=config.batch_size,
+        group_by_aspect=config.group_by_aspect,
+        seed=config.seed,
+    )
     keys = (ranks.share(step) for step in islice(steps, first_step, config.steps))
     loader = DataLoader(
-        TrainingSamples(data_set, config),
+        TrainingSamples(data_set, config.augment, config.resize, config.seed),
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=_Collate(config.resize.divisor),
@@ -116,9 +125,14 @@ def load_batches(
         multiprocessing_context="spawn" if workers else None,
         pin_memory=pin_memory,
     )
+    skipped: set[str] = set()
     for batch in loader:
-        if batch.unreadable and config.unreadable == "stop":
-            raise InvalidDataSet(f"{batch.unreadable[0]}; --unreadable skip goes on without it")
+        for problem in batch.unreadable:
+            if config.unreadable == "stop":
+                raise InvalidDataSet(f"{problem}; --unreadable skip goes on without it")
+            if problem not in skipped:
+                skipped.add(problem)
+                log.warning("skipped, another picture stands in (%d so far): %s", len(skipped), problem)
         yield batch
 
 

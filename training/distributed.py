@@ -51,11 +51,14 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def max(self, values: Tensor) -> Tensor:
-        """Over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values
+    def largest(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The largest (height, width) that covers each rank's."""
+        if self.size == 1:
+            return size
+        sides = torch.tensor(size, device=self.device)
+        dist.all_reduce(sides, op=dist.ReduceOp.MAX)
+        height, width = sides.tolist()
+        return height, width
 
     def any(self, value: bool) -> bool:
         """Whether it is so on one of the ranks. All wait for one another."""

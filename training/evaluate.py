@@ -20,20 +20,24 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from model.candidates import CandidateDetector
-from model.detector import Detector
+from model.detector import Detector, Device
 from model.image import to_canvas, to_original
 from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, Label, ResizePolicy
+from model.retinanet import LevelOutputs
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels, coco_results
 from training.checkpoint import build_detector, load_checkpoint
 from training.coco import OBJECT, CocoDataSet, InvalidDataSet
-from training.config import TrainConfig
+from training.config import DetectionConfig
 from training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)
-Run = Callable[[Sequence[CanvasImage]], list[Candidates]]
-Look = Callable[[int, Pixels, Detections], None]
+FindCandidates = Callable[[Sequence[CanvasImage]], list[Candidates]]
+"""Canvases of one size to the candidates of each, as `model.detector.Detector.run` has it."""
+OnPicture = Callable[[int, Pixels, Detections], None]
 """Told of each evaluated picture: its index, its pixels, what was found there."""
+OnOutputs = Callable[[LevelOutputs, CanvasImage], None]
+"""Told of what a network answered, and of the canvas that it looked at."""
 COUNTED_DETECTIONS = [1, 10, 100, 1000]
 """COCO's, and 1,000 for proposals: of each picture the best so many count, for AP the best 100."""
 
@@ -42,7 +46,7 @@ COUNTED_DETECTIONS = [1, 10, 100, 1000]
 class Predictor:
     """Canvases to candidates, with what surrounds it."""
 
-    run: Run
+    run: FindCandidates
     labels: tuple[Label, ...]
     resize: ResizePolicy
     score_threshold: float = SCORE_THRESHOLD
@@ -121,10 +125,10 @@ class ApReport:
         return "\n".join([*lines, f"{'pictures':<{width}}  {self.num_images}"])
 
 
-def open_predictor(model: Path, device: str = "auto") -> Predictor:
+def open_predictor(model: Path, device: Device = "auto") -> Predictor:
     """A predictor of an .onnx file or of a checkpoint's best weights."""
     if model.suffix == ".onnx":
-        detector = Detector(model, device=device)  # type: ignore[arg-type]
+        detector = Detector(model, device=device)
         metadata = detector.metadata
         return Predictor(
             detector.run,
@@ -136,38 +140,48 @@ def open_predictor(model: Path, device: str = "auto") -> Predictor:
         )
     checkpoint = load_checkpoint(model)
     detector_module = build_detector(checkpoint).to(choose_device(device))
-    return torch_predictor(detector_module, checkpoint.labels, checkpoint.config)
+    return torch_predictor(detector_module, checkpoint.labels, checkpoint.config.resize, checkpoint.config.detection)
 
 
-def torch_predictor(detector: CandidateDetector, labels: tuple[Label, ...], config: TrainConfig) -> Predictor:
-    """As the exported file would predict."""
-    detection = config.detection
+def torch_predictor(
+    detector: CandidateDetector,
+    labels: tuple[Label, ...],
+    resize: ResizePolicy,
+    detection: DetectionConfig,
+    *,
+    on_outputs: OnOutputs | None = None,
+) -> Predictor:
+    """Predict as the exported file would."""
     return Predictor(
-        torch_run(detector),
+        torch_run(detector, on_outputs),
         labels,
-        config.resize,
+        resize,
         detection.score_threshold,
         detection.nms_threshold,
         detection.max_detections,
     )
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: Device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
 
 
-def torch_run(detector: CandidateDetector) -> Run:
-    """The torch module as what `model.detector.Detector.run` is: canvases of one size to candidates."""
+def torch_run(detector: CandidateDetector, on_outputs: OnOutputs | None = None) -> FindCandidates:
+    """Make of the torch module what `Detector.run` is of a file. `on_outputs`: needs canvases one by one."""
     device = next(detector.parameters()).device
 
     def run(canvases: Sequence[CanvasImage]) -> list[Candidates]:
         images = torch.from_numpy(np.stack([canvas.pixels for canvas in canvases])).to(device)
         sizes = torch.tensor([canvas.size for canvas in canvases], device=device)
         with torch.inference_mode():
-            outputs = [output.cpu().numpy() for output in detector(images, sizes)]
-        return [Candidates(*answer) for answer in zip(*outputs, strict=True)]
+            outputs = detector.outputs(images, sizes)
+            if on_outputs is not None:
+                [canvas] = canvases
+                on_outputs(outputs, canvas)
+            chosen = detector.select(outputs, sizes, canvases[0].canvas_size)
+        return [Candidates(*answer) for answer in zip(*(values.cpu().numpy() for values in chosen), strict=True)]
 
     return run
 
@@ -180,7 +194,7 @@ def evaluate(
     progress: bool = True,
     skip_unreadable: bool = False,
     ranks: Ranks = ALONE,
-    look: Look | None = None,
+    on_picture: OnPicture | None = None,
 ) -> ApReport:
     """AP on the first `limit` pictures (0: all), each looked at by one of the ranks; every rank gets the report.
 
@@ -199,8 +213,8 @@ def evaluate(
             log.warning("not evaluated: %s", error)
         else:
             detections = predictor(pixels)
-            if look is not None:
-                look(index, pixels, detections)
+            if on_picture is not None:
+                on_picture(index, pixels, detections)
             found.append((index, coco_results(data_set.pictures[index].image_id, detections)))
     found = sorted(ranks.gather(found), key=lambda result: result[0])
     report = None

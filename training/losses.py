@@ -1,13 +1,18 @@
 """RetinaNet's two losses: focal loss over all anchors and classes, and a box loss over the positive anchors.
 
-Both are sums divided by the number of positive anchors (of each image, then averaged; or of the whole batch), so
-their scale does not depend on the number of easy background anchors. With `sampled_anchors` only some anchors count,
-as in the region proposal network: drawn anew in each step, by the step's seed. Source: Lin et al. 2017 (Focal Loss) §3
-and §4.1; GIoU: Rezatofighi 2019; sampling: Ren et al. 2015 (Faster R-CNN) §3.1.3.
+Anchors are matched to objects first (`match_batch`), which needs no prediction; so what the losses are divided by
+(`loss_divisors`) is known for the whole step, over all parts and ranks, before the network runs. The divisor counts
+positive anchors (of each image, then averaged; or of the whole step), so the losses' scale does not depend on the
+number of easy background anchors. With `sampled_anchors` only some anchors count, as in the region proposal network:
+drawn anew in each step, by the step's seed.
+
+Sources: Lin et al. 2017 (Focal Loss) §3, §4.1 and eq. 5; GIoU: Rezatofighi 2019; sampling: Ren et al. 2015 (Faster
+R-CNN) §3.1.3.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +21,24 @@ from torchvision.ops import generalized_box_iou_loss
 
 from model.anchors import decode_boxes, encode_boxes
 from model.retinanet import Predictions
-from training.config import LossConfig
-from training.focal import focal_loss_sum
+from training.config import LossConfig, Normaliser
+from training.distributed import ALONE, Ranks
 from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
 from training.transforms import TensorTarget
+
+EXACT_UNTIL = 40.0
+"""Beyond it softplus(x) is x, in float64 too."""
+RUNNING_MEAN_KEEPS = 0.9
+"""Weight of the steps before in the mean number of positives, with `normaliser="running"` (detectron2's)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Of a batch or of a part of one: the sums and the divisors of all parts add up to those of the batch."""
+    """The losses of a batch or of a part of one; those of all parts and ranks add up to the step's."""
 
-    classification_sum: Tensor
-    box_sum: Tensor
+    classification: Tensor
+    box: Tensor
     """Already times its weight."""
-    divisor: Tensor
-    """What both are divided by, where it is above 1: positive anchors (or all that count), or pictures (whose sums are
-    divided by their own positives before)."""
-
-    @property
-    def classification(self) -> Tensor:
-        return self.classification_sum / self.divisor.clamp(min=1)
-
-    @property
-    def box(self) -> Tensor:
-        return self.box_sum / self.divisor.clamp(min=1)
 
     @property
     def total(self) -> Tensor:
@@ -55,32 +54,9 @@ def retinanet_losses(
     sizes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> Losses:
-    """predictions [N, A, …] and the anchors [A, 4] of the batch's canvas, against each image's target.
-
-    sizes  (height, width) of each image on the canvas; needed with `border_anchors="ignored"`
-    seed   of the anchors drawn with `sampled_anchors`; the same seed draws the same ones
-    """
+    """Match a whole batch and compute its losses; arguments as `match_batch` and `matched_losses` have them."""
     matches = match_batch(anchors, targets, config, sizes=sizes, seed=seed)
-    counted = matches != IGNORED if config.normaliser == "anchors" else matches >= 0
-    positives = counted.sum(dim=1)
-    classification = torch.stack(
-        [
-            _classification_loss(logits, matched, target.columns, config)
-            for logits, matched, target in zip(predictions.cls_logits, matches, targets, strict=True)
-        ]
-    )
-    box = torch.stack(
-        [
-            _box_loss(deltas, anchors, matched, target.boxes, config)
-            for deltas, matched, target in zip(predictions.bbox_regression, matches, targets, strict=True)
-        ]
-    )
-    if config.normaliser == "image":
-        classification, box = classification / positives.clamp(min=1), box / positives.clamp(min=1)
-        divisor = positives.new_tensor(len(positives))
-    else:
-        divisor = positives.sum()
-    return Losses(classification.sum(), config.box_loss_weight * box.sum(), divisor)
+    return matched_losses(predictions, anchors, targets, matches, loss_divisors(matches, config.normaliser), config)
 
 
 def match_batch(
@@ -91,7 +67,12 @@ def match_batch(
     sizes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Each image's matches [N, A]: the object of each anchor, BACKGROUND or IGNORED. sizes, seed: as above."""
+    """Match the anchors [A, 4] of a canvas to each image's objects.
+
+    sizes    (height, width) of each image on the canvas; needed with `border_anchors="ignored"`
+    seed     of the anchors drawn with `sampled_anchors`; the same seed draws the same ones
+    returns  int64 [N, A]: the object of each anchor, BACKGROUND or IGNORED
+    """
     thresholds = {"fg_iou_threshold": config.fg_iou_threshold, "bg_iou_threshold": config.bg_iou_threshold}
     if config.border_anchors == "ignored":
         if sizes is None:
@@ -109,19 +90,107 @@ def match_batch(
     return torch.stack(matches)
 
 
-def _classification_loss(logits: Tensor, matches: Tensor, columns: Tensor, config: LossConfig) -> Tensor:
-    """Sum over one image's anchors [A, K] that are not ignored."""
-    rows = (matches >= 0).nonzero().squeeze(1)
-    positive = rows, columns[matches[rows]]
-    return focal_loss_sum(logits, positive, matches == IGNORED, alpha=config.focal_alpha, gamma=config.focal_gamma)
+def loss_divisors(
+    matches: Tensor, normaliser: Normaliser, *, ranks: Ranks = ALONE, mean_positives: float | None = None
+) -> Tensor:
+    """Count what the losses of each image are divided by: float64 [N], at least 1.
+
+    matches         int64 [N, A], this rank's images of the step
+    mean_positives  of the steps before, with "running"; None: there were none
+    """
+    counts = (matches != IGNORED if normaliser == "anchors" else matches >= 0).sum(dim=1, dtype=torch.float64)
+    if normaliser == "image":
+        return counts.clamp(min=1) * ranks.sum(counts.new_tensor(len(counts)))
+    total = ranks.sum(counts.sum()).clamp(min=1)
+    if normaliser == "running" and mean_positives is not None:
+        total = RUNNING_MEAN_KEEPS * mean_positives + (1 - RUNNING_MEAN_KEEPS) * total
+    return total.expand(len(counts))
 
 
-def _box_loss(deltas: Tensor, anchors: Tensor, matches: Tensor, boxes: Tensor, config: LossConfig) -> Tensor:
-    """Sum over one image's positive anchors [A, 4]."""
-    positive = (matches > BACKGROUND).nonzero().squeeze(1)
-    deltas, anchors, boxes = deltas[positive], anchors[positive], boxes[matches[positive]]
+def matched_losses(
+    predictions: Predictions,
+    anchors: Tensor,
+    targets: Sequence[TensorTarget],
+    matches: Tensor,
+    divisors: Tensor,
+    config: LossConfig,
+) -> Losses:
+    """Compute the losses of images [N, A, …] whose anchors [A, 4] have found their objects.
+
+    matches   int64 [N, A], as `match_batch` returns them
+    divisors  [N], as `loss_divisors` returns them
+    """
+    classification, box = [], []
+    images = zip(predictions.cls_logits, predictions.bbox_regression, targets, matches, strict=True)
+    for logits, deltas, target, matched in images:
+        rows = (matched > BACKGROUND).nonzero().squeeze(1)
+        objects = matched[rows]
+        positive = rows, target.columns[objects]
+        classification.append(
+            focal_loss_sum(logits, positive, matched == IGNORED, alpha=config.focal_alpha, gamma=config.focal_gamma)
+        )
+        box.append(_box_loss_sum(deltas[rows], anchors[rows], target.boxes[objects], config))
+    return Losses(
+        (torch.stack(classification) / divisors).sum(), config.box_loss_weight * (torch.stack(box) / divisors).sum()
+    )
+
+
+def _box_loss_sum(deltas: Tensor, anchors: Tensor, boxes: Tensor, config: LossConfig) -> Tensor:
+    """Sum over one image's positive anchors: their deltas, themselves and their objects' boxes, [P, 4] each."""
     if config.box_loss == "giou":
         loss: Tensor = generalized_box_iou_loss(decode_boxes(deltas, anchors), boxes, reduction="sum")
         return loss
     beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
     return F.smooth_l1_loss(deltas, encode_boxes(boxes, anchors), beta=beta, reduction="sum")
+
+
+def focal_loss_sum(
+    logits: Tensor, positive: tuple[Tensor, Tensor], ignored: Tensor, *, alpha: float, gamma: float
+) -> Tensor:
+    """Sum FL = -alpha_t (1 - p_t)**gamma log(p_t) over the (anchor, class) pairs of one image.
+
+    logits    [A, K]
+    positive  int64 [P] each: row and column of the pairs that are foreground, each pair once
+    ignored   bool [A]: rows that add nothing; none of them positive
+    p_t = p, alpha_t = alpha for foreground; 1 - p, 1 - alpha for background.
+    alpha below 0: alpha_t is 1, as torchvision has it; with gamma 0 that is plain cross-entropy.
+    """
+    loss: Tensor = _FocalLossSum.apply(logits, *positive, ignored, alpha, gamma)
+    return loss
+
+
+class _FocalLossSum(torch.autograd.Function):
+    """The sum, with its gradient in the same pass.
+
+    Nearly all pairs are background, and there are millions: every pair is computed as background, without a tensor of
+    truths, and the few positive ones are put right. Written out, autograd would keep ten tensors of the logits' size
+    for the way back; this keeps one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, rows: Tensor, columns: Tensor, ignored: Tensor, alpha: float, gamma: float
+    ) -> Tensor:
+        of_foreground, of_background = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
+        loss, gradient = _loss_and_slope(logits, of_background * (~ignored[:, None]).to(logits.dtype), gamma)
+        chosen = logits[rows, columns]
+        as_background, _ = _loss_and_slope(chosen, torch.full_like(chosen, of_background), gamma)
+        as_foreground, slope = _loss_and_slope(-chosen, torch.full_like(chosen, of_foreground), gamma)
+        gradient[rows, columns] = -slope
+        ctx.save_for_backward(gradient)
+        return loss - as_background + as_foreground
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None, None, None, None, None
+
+
+def _loss_and_slope(logits: Tensor, weights: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Sum weight * m**gamma * -log(1 - m) over background pairs, m = sigmoid(logit); and give the slope of each."""
+    missed = logits.sigmoid()
+    cross_entropy = F.softplus(logits, threshold=EXACT_UNTIL)
+    focus = (missed**gamma).mul_(weights)
+    loss = torch.dot(focus.flatten(), cross_entropy.flatten())
+    slope = cross_entropy.mul_(1 - missed).mul_(gamma).add_(missed).mul_(focus)
+    return loss, slope

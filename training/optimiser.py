@@ -8,48 +8,42 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.retinanet import RetinaNet
-from training.config import OptimiserConfig, TrainConfig
+from training.config import OptimiserConfig
 from training.exchange.finetune import freeze_stages
 
 
-def memory_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
-    """Of the weights and the images."""
-    channels_last = _wants_channels_last(device) if config.channels_last is None else config.channels_last
+def memory_format(channels_last: bool | None, device: torch.device) -> torch.memory_format:
+    """Choose how weights and images lie in memory; None: as is best on the device.
+
+    As measured in BENCHMARKS.md: with AVX-512 a step is 1.1 times as fast channels last, with AVX2 0.85 times.
+    """
+    if channels_last is None:
+        channels_last = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _wants_channels_last(device: torch.device) -> bool:
-    """As measured in BENCHMARKS.md: with AVX-512 a step is 1.1 times as fast so, with AVX2 .85 times."""
-    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+def peak_learning_rate(config: OptimiserConfig, batch_size: int) -> float:
+    """Scale the learning rate, meant for reference_batch_size images, with the images of a step (Goyal 2017)."""
+    return config.learning_rate * batch_size / config.reference_batch_size
 
 
-def peak_learning_rate(config: TrainConfig) -> float:
-    """The learning rate is meant for reference_batch_size images and grows with the images of a step (Goyal 2017)."""
-    return config.optimiser.learning_rate * config.batch_size / config.optimiser.reference_batch_size
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the update that follows `step` updates: linear warm-up, then milestones or a cosine."""
-    optimiser = config.optimiser
-    peak = peak_learning_rate(config)
-    if step < optimiser.warmup_steps:
-        return peak * (step + 1) / optimiser.warmup_steps
-    if optimiser.schedule == "steps":
-        return float(peak * 0.1 ** sum(step >= milestone * config.steps for milestone in optimiser.milestones))
-    done = (step - optimiser.warmup_steps) / max(1, config.steps - optimiser.warmup_steps)
+def learning_rate(config: OptimiserConfig, step: int, *, steps: int, batch_size: int) -> float:
+    """Give the rate of the update that follows `step` of all `steps` updates: linear warm-up, then milestones or a
+    cosine."""
+    peak = peak_learning_rate(config, batch_size)
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.schedule == "steps":
+        return float(peak * 0.1 ** sum(step >= milestone * steps for milestone in config.milestones))
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return peak * (1 + math.cos(math.pi * done)) / 2
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate(config, step)
-
-
-def set_train_mode(network: RetinaNet, config: TrainConfig, step: int) -> None:
-    """Training mode, but batch norm by its running statistics once `freeze_batch_norm_from` of the steps are done."""
+def set_train_mode(network: RetinaNet, *, frozen_stages: int, frozen_batch_norm: bool) -> None:
+    """Put the network into training mode; a frozen batch norm uses its running statistics."""
     network.train()
-    freeze_stages(network, config.freeze_stages)
-    if step >= config.optimiser.freeze_batch_norm_from * config.steps:
+    freeze_stages(network, frozen_stages)
+    if frozen_batch_norm:
         for module in network.modules():
             if isinstance(module, _BatchNorm):  # SyncBatchNorm too
                 module.eval()

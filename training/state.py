@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.metadata import Label
 from model.retinanet import RetinaNet
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.config import TrainConfig
+from training.config import Normaliser, TrainConfig
 from training.distributed import Ranks
 from training.evaluate import ApReport
 from training.exchange.finetune import freeze_stages, transfer
-from training.optimiser import build_optimiser, memory_format
+from training.losses import loss_divisors
+from training.optimiser import build_optimiser, memory_format, update_average
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,34 @@ class TrainState:
     def is_best(self, report: ApReport) -> bool:
         """Where validation has no objects there is no AP, and the last weights are the best."""
         return math.isnan(report.ap) or (report.num_images, report.ap) >= self.best
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def loss_divisors(self, matches: Tensor, normaliser: Normaliser, ranks: Ranks) -> Tensor:
+        """Count what a step's losses are divided by, as `losses.loss_divisors`; with "running", move the mean."""
+        divisors = loss_divisors(matches, normaliser, ranks=ranks, mean_positives=self.mean_positives)
+        if normaliser == "running":
+            self.mean_positives = divisors[0].item()
+        return divisors
+
+    def update(self, *, gradient_clip: float, ema_decay: float) -> None:
+        """Take the step that the gradients say, and move the average."""
+        if gradient_clip:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.step += 1
+        if self.averaged is not None:
+            update_average(self.averaged, self.network, ema_decay, self.step)
 
     def is_finite(self) -> bool:
         """Whether all weights and statistics are numbers."""
@@ -95,7 +124,7 @@ def new_state(
     network = RetinaNet(config.model, num_classes, pretrained_backbone=pretrained)
     if ranks.size > 1 and device.type == "cuda":  # torch has none for the CPU: there each rank has its own statistics
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-    network = network.to(device, dtype, memory_format=memory_format(config, device))  # type: ignore[call-overload]
+    network = network.to(device, dtype, memory_format=memory_format(config.channels_last, device))  # type: ignore[call-overload]
     freeze_stages(network, config.freeze_stages)
     averaged = copy.deepcopy(network).eval() if config.optimiser.ema_decay else None
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -115,7 +144,7 @@ def to_checkpoint(
         ap=None if math.isnan(ap) else ap,
         data_set=data_set,
         training=notes,
-        optimiser={
+        resume={
             "state": state.optimiser.state_dict(),
             "scaler": state.scaler.state_dict(),
             "best": list(state.best),
@@ -128,8 +157,8 @@ def to_checkpoint(
 def _restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, labels: tuple[Label, ...]) -> None:
     if checkpoint.config != config or checkpoint.labels != labels:
         raise RunFolderInUse("the run was started with other settings or labels; resume it with the same ones")
-    assert checkpoint.optimiser is not None
-    saved = checkpoint.optimiser
+    assert checkpoint.resume is not None
+    saved = checkpoint.resume
     state.network.load_state_dict(dict(checkpoint.model))
     if state.averaged is not None and checkpoint.ema is not None:
         state.averaged.load_state_dict(dict(checkpoint.ema))

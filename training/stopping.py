@@ -5,13 +5,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from training.losses import Losses
 
 EXIT_CODE = 128 + signal.SIGTERM
 """143, what a shell reports of a process that SIGTERM ended; --resume goes on."""
-WATCHED = 20
+COMPARED_STEPS = 20
 """Steps whose mean loss is compared."""
 
 
@@ -21,6 +22,12 @@ class Terminated(Exception):
 
 class TrainingDiverged(RuntimeError):
     """The losses or weights are no longer numbers, or the losses grow; the text says at which step."""
+
+    def __init__(self, cause: str, last: Path) -> None:
+        super().__init__(
+            f"{cause}. The last good weights are in {last}, if a checkpoint was due; "
+            f"a lower --learning-rate, more --warmup-steps or --gradient-clip may help."
+        )
 
 
 class StopRequest:
@@ -57,27 +64,30 @@ class StopRequest:
 
 
 @dataclass
-class LossWatch:
-    """Raises TrainingDiverged when a loss is no number, or the mean of WATCHED losses is `factor` times their first."""
+class DivergenceCheck:
+    """Raises TrainingDiverged when a loss is no number, or the mean of COMPARED_STEPS losses is `factor` times their
+    first."""
 
     factor: float
+    last: Path
+    """The checkpoint that the error names."""
     recent: list[float] = field(default_factory=list)
     first_mean: float | None = None
 
     def check(self, step: int, losses: Losses) -> None:
         total = losses.total.item()
         if not math.isfinite(total):
+            classification, box = losses.classification.item(), losses.box.item()
             raise TrainingDiverged(
-                f"step {step}: classification loss {losses.classification.item():.4g}, box loss {losses.box.item():.4g}"
+                f"step {step}: classification loss {classification:.4g}, box loss {box:.4g}", self.last
             )
         self.recent.append(total)
-        if len(self.recent) < WATCHED:
+        if len(self.recent) < COMPARED_STEPS:
             return
-        mean = sum(self.recent) / WATCHED
+        mean = sum(self.recent) / COMPARED_STEPS
         self.recent.clear()
         if self.first_mean is None:
             self.first_mean = mean
         elif self.factor and mean > self.factor * self.first_mean:
-            raise TrainingDiverged(
-                f"step {step}: the mean loss of {WATCHED} steps is {mean:.4g}, and began at {self.first_mean:.4g}"
-            )
+            cause = f"the mean loss of {COMPARED_STEPS} steps is {mean:.4g}, and began at {self.first_mean:.4g}"
+            raise TrainingDiverged(f"step {step}: {cause}", self.last)

@@ -55,15 +55,16 @@ class Batch:
         below, right = canvas[0] - self.canvas[0], canvas[1] - self.canvas[1]
         return replace(self, images=F.pad(self.images, (0, 0, 0, right, 0, below)))
 
-    def split(self, parts: int) -> list["Batch"]:
-        """As even parts, in order. ValueError: there are fewer images than parts."""
-        if len(self.targets) < parts:
-            raise ValueError(f"{len(self.targets)} images cannot be computed in {parts} parts")
-        edges = [len(self.targets) * part // parts for part in range(parts + 1)]
-        return [
-            Batch(self.images[start:end], self.sizes[start:end], self.targets[start:end])
-            for start, end in pairwise(edges)
-        ]
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """Move images and targets to a device; dtype: of the targets' boxes. Sizes stay where they are."""
+        targets = [target.to(device, dtype) for target in self.targets]
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+
+    def parts(self, count: int) -> list[slice]:
+        """Which images make which of `count` even parts. ValueError: there are fewer images than parts."""
+        if len(self.targets) < count:
+            raise ValueError(f"{len(self.targets)} images cannot be computed in {count} parts")
+        return [slice(*edges) for edges in pairwise(len(self.targets) * part // count for part in range(count + 1))]
 
     def pin_memory(self) -> "Batch":
         """Called by the data loader for a GPU: copies from pinned memory do not wait."""

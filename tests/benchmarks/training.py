@@ -41,9 +41,10 @@ from training.config import TrainConfig
 from training.data import load_batches, schedule
 from training.demo.draw import draw_data_set
 from training.distributed import ALONE
+from training.losses import matched_losses
 from training.presets import PRESETS
 from training.state import TrainState, new_state
-from training.train import Run
+from training.train import TrainingForward, begin_step, match_step
 
 STEPS_IN_A_TURN = 4
 """The first of a turn is not timed: its batch was loaded while the other side computed."""
@@ -68,12 +69,25 @@ def initial_state(setting: Setting) -> TrainState:
 
 
 def our_steps(setting: Setting) -> Step:
-    """What the loop of training.train does for a step."""
-    state = initial_state(setting)
-    training_set = setting.training_set
-    run = Run(setting.config, training_set, training_set, setting.data, torch.device("cpu"), {}, ALONE, state.network)
-    batches = load_batches(training_set, setting.config, first_step=0, workers=setting.workers)
-    return lambda: run.step(state, next(batches)).total.item()
+    """What the loop of training.train does for a step in one part, without its logging."""
+    config, state = setting.config, initial_state(setting)
+    predict = TrainingForward(state.network, config.precision, config.channels_last)
+    batches = load_batches(setting.training_set, config, first_step=0, workers=setting.workers)
+
+    def step() -> object:
+        begin_step(state, config)
+        batch = next(batches)
+        anchors = state.network.anchors_of(batch.canvas)
+        matches = match_step(batch, anchors, config, state.step)
+        divisors = state.loss_divisors(matches, config.loss.normaliser, ALONE)
+        predictions = predict(batch.images, batch.sizes)
+        total = matched_losses(predictions, anchors, batch.targets, matches, divisors, config.loss).total
+        total.backward()  # type: ignore[no-untyped-call]
+        value = total.item()
+        state.update(gradient_clip=config.optimiser.gradient_clip, ema_decay=config.optimiser.ema_decay)
+        return value
+
+    return step
 
 
 def their_steps(setting: Setting) -> Step:
@@ -135,7 +149,14 @@ class TheirSamples(Dataset[Any]):
 def their_batches(setting: Setting) -> Iterator[Any]:
     """The pictures of our steps."""
     training_set = setting.training_set
-    steps = schedule([picture.size for picture in training_set.pictures], setting.config)
+    config = setting.config
+    steps = schedule(
+        [picture.size for picture in training_set.pictures],
+        config.augment,
+        num_images=config.batch_size,
+        group_by_aspect=config.group_by_aspect,
+        seed=config.seed,
+    )
     loader = DataLoader(
         TheirSamples(training_set),
         batch_sampler=([key.index for key in step] for step in steps),

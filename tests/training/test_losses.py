@@ -10,8 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 from model.anchors import AnchorConfig, encode_boxes
 from model.retinanet import Predictions, RetinaNet, RetinaNetConfig
 from training.config import LossConfig
-from training.focal import focal_loss_sum
-from training.losses import retinanet_losses
+from training.losses import focal_loss_sum, retinanet_losses
 from training.transforms import TensorTarget
 
 
@@ -130,6 +129,31 @@ def test_smooth_l1_turns_linear_at_one_ninth() -> None:
     expected = 0.5 * dx**2 * 9 + 0.5 * dy**2 * 9
     losses = retinanet_losses(made, ANCHORS, [shifted], LossConfig())
     assert losses.box.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "lowest_level", "p6_from"),
+    [("resnet18", 3, "c5"), ("resnet18", 2, "pool"), ("mobilenet_v3_large", 3, "p5")],
+)
+@pytest.mark.parametrize("canvas", [(64, 96), (65, 97), (33, 130)])
+def test_the_anchors_of_a_canvas_are_known_before_the_network_has_seen_it(
+    backbone: str, lowest_level: int, p6_from: str, canvas: tuple[int, int]
+) -> None:
+    sizes = (32.0, 64.0, 128.0, 256.0, 512.0)
+    config = RetinaNetConfig(
+        backbone=backbone,
+        backbone_width=0.25,
+        fpn_channels=16,
+        head_channels=16,
+        head_convs=0,
+        p6_from=p6_from,  # type: ignore[arg-type]
+        anchors=AnchorConfig(base_sizes=sizes, lowest_level=lowest_level),
+    )
+    network = RetinaNet(config, 2).eval()
+    with torch.no_grad():
+        outputs = network(torch.zeros(1, 3, *canvas))
+    assert tuple(outputs.grids) == network.anchors.config.grids(canvas)
+    assert torch.equal(network.anchors_of(canvas), torch.cat(network.anchors(canvas, outputs.grids)))
 
 
 @pytest.mark.slow

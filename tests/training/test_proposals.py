@@ -70,7 +70,9 @@ def test_it_trains_exports_and_is_served_like_any_other_model(tmp_path: Path) ->
     file = tmp_path / "rpn.onnx"
     export(trained, file, name="proposals")
     picture = draw(128, 192, seed=0)
-    expected = torch_predictor(build_detector(trained), trained.labels, trained.config)(picture)
+    expected = torch_predictor(
+        build_detector(trained), trained.labels, trained.config.resize, trained.config.detection
+    )(picture)
     found = Detector(file, device="cpu").detect(picture)
     assert 100 < len(found) <= 1000
     assert abs(len(found) - len(expected)) <= 0.02 * len(expected)

@@ -26,7 +26,7 @@ from training.losses import Losses
 from training.optimiser import learning_rate, memory_format
 from training.presets import PRESETS
 from training.state import RunFolderInUse
-from training.stopping import WATCHED, LossWatch, TrainingDiverged
+from training.stopping import COMPARED_STEPS, DivergenceCheck, TrainingDiverged
 
 
 @pytest.fixture(scope="module")
@@ -116,25 +116,36 @@ def test_weights_that_are_no_numbers_are_never_written(data: Path, tmp_path: Pat
 
 
 def losses(total: float) -> Losses:
-    return Losses(torch.tensor(total), torch.tensor(0.0), torch.tensor(1))
+    return Losses(torch.tensor(total), torch.tensor(0.0))
 
 
 def test_losses_that_grow_stop_the_run_and_noise_does_not() -> None:
-    watch = LossWatch(factor=5)
-    for step in range(1, 2 * WATCHED + 1):
-        watch.check(step, losses(1 + 3 * (step % 2)))
-    with pytest.raises(TrainingDiverged, match=f"step {3 * WATCHED}: the mean loss of {WATCHED} steps is 20"):
-        for step in range(2 * WATCHED + 1, 4 * WATCHED):
-            watch.check(step, losses(20))
+    divergence = DivergenceCheck(5, Path("last.pt"))
+    for step in range(1, 2 * COMPARED_STEPS + 1):
+        divergence.check(step, losses(1 + 3 * (step % 2)))
+    with pytest.raises(
+        TrainingDiverged, match=f"step {3 * COMPARED_STEPS}: the mean loss of {COMPARED_STEPS} steps is 20"
+    ):
+        for step in range(2 * COMPARED_STEPS + 1, 4 * COMPARED_STEPS):
+            divergence.check(step, losses(20))
 
 
-@pytest.mark.parametrize("normaliser", ["image", "batch", "running"])
-def test_a_step_computed_in_parts_is_the_step_in_one(data: Path, tmp_path: Path, normaliser: str) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(normaliser="image"),
+        LossConfig(normaliser="batch"),
+        LossConfig(normaliser="running"),
+        LossConfig(normaliser="anchors", sampled_anchors=64),
+    ],
+    ids=lambda loss: loss.normaliser,
+)
+def test_a_step_computed_in_parts_is_the_step_in_one(data: Path, tmp_path: Path, loss: LossConfig) -> None:
     whole = replace(
         TINY,
         model=replace(TINY.model, backbone_norm="frozen"),
         optimiser=replace(TINY.optimiser, optimiser="sgd", learning_rate=1e-3, gradient_clip=1.0),
-        loss=LossConfig(normaliser=normaliser),  # type: ignore[arg-type]
+        loss=loss,
         precision="fp64",
         steps=3,
     )
@@ -151,8 +162,8 @@ def test_the_running_mean_of_the_positives_is_detectron2s(data: Path, tmp_path: 
     mean_line, batch_line = (
         json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("mean", "batch")
     )
-    assert by_mean.optimiser is not None
-    mean = by_mean.optimiser["mean_positives"]
+    assert by_mean.resume is not None
+    mean = by_mean.resume["mean_positives"]
     positives = (mean - 0.9 * 100) / 0.1
     assert positives >= 1
     expected = batch_line["classification_loss"] * positives / mean
@@ -173,7 +184,7 @@ def test_the_layout_in_memory_is_the_devices_unless_asked_for(
     monkeypatch: pytest.MonkeyPatch, capability: str, device: str, asked: bool | None, last: bool
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    chosen = memory_format(replace(TINY, channels_last=asked), torch.device(device))
+    chosen = memory_format(asked, torch.device(device))
     assert chosen == (torch.channels_last if last else torch.contiguous_format)
 
 
@@ -255,7 +266,7 @@ def test_samples_do_not_depend_on_the_step_a_run_starts_at(data: Path) -> None:
 
 
 def test_every_picture_comes_once_an_epoch() -> None:
-    steps = schedule([(64, 80)] * 10, replace(TINY, batch_size=4))
+    steps = schedule([(64, 80)] * 10, TINY.augment, num_images=4, group_by_aspect=False, seed=0)
     keys = [key for _ in range(5) for key in next(steps)]
     assert sorted(key.index for key in keys if key.epoch == 0) == list(range(10))
     assert sorted(key.index for key in keys if key.epoch == 1) == list(range(10))
@@ -263,7 +274,7 @@ def test_every_picture_comes_once_an_epoch() -> None:
 
 def test_grouped_by_aspect_a_step_has_upright_or_lying_pictures_and_every_picture_comes() -> None:
     sizes = [(90, 60) if index % 3 == 0 else (60, 90) for index in range(12)]
-    steps = schedule(sizes, replace(TINY, batch_size=4, group_by_aspect=True))
+    steps = schedule(sizes, TINY.augment, num_images=4, group_by_aspect=True, seed=0)
     keys = [next(steps) for _ in range(30)]
     for step in keys:
         assert len({sizes[key.index][0] > sizes[key.index][1] for key in step}) == 1
@@ -290,18 +301,22 @@ def test_an_unreadable_picture_is_named_and_the_next_one_stands_in(tmp_path: Pat
 
 def test_the_learning_rate_warms_up_and_drops_at_the_milestones() -> None:
     paper = PRESETS["paper"]
-    rates = [learning_rate(paper, step) for step in (0, 499, 999, 59_999, 60_000, 80_000)]
+    rates = [
+        learning_rate(paper.optimiser, step, steps=paper.steps, batch_size=paper.batch_size)
+        for step in (0, 499, 999, 59_999, 60_000, 80_000)
+    ]
     assert rates == pytest.approx([1e-5, 5e-3, 1e-2, 1e-2, 1e-3, 1e-4])
 
 
 def test_the_learning_rate_scales_with_the_batch() -> None:
-    assert learning_rate(replace(PRESETS["paper"], batch_size=4), 5000) == pytest.approx(0.0025)
+    rate = learning_rate(PRESETS["paper"].optimiser, 5000, steps=90_000, batch_size=4)
+    assert rate == pytest.approx(0.0025)
 
 
 def test_a_cosine_ends_at_zero() -> None:
-    config = replace(PRESETS["demo"], steps=1000)
-    assert learning_rate(config, 999) == pytest.approx(0, abs=1e-7)
-    assert math.isclose(learning_rate(config, 600), config.optimiser.learning_rate / 2)
+    config = PRESETS["demo"].optimiser
+    assert learning_rate(config, 999, steps=1000, batch_size=8) == pytest.approx(0, abs=1e-7)
+    assert math.isclose(learning_rate(config, 600, steps=1000, batch_size=8), config.learning_rate / 2)
 
 
 def test_a_checkpoint_is_read_with_weights_only_and_restores_everything(data: Path, tmp_path: Path) -> None:
@@ -325,7 +340,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, con
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(data: Path, tmp_path: Path) -> None:
     saved = run(replace(TINY, steps=1), data, tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    broken = replace(saved, optimiser={"state": lambda: None})
+    broken = replace(saved, resume={"state": lambda: None})
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(broken, tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == before

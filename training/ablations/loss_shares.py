@@ -16,8 +16,7 @@ from model.image import to_canvas
 from model.metadata import ResizePolicy
 from training.coco import CocoDataSet
 from training.config import LossConfig
-from training.focal import EXACT_UNTIL
-from training.losses import match_batch
+from training.losses import EXACT_UNTIL, match_batch
 from training.matcher import IGNORED
 from training.transforms import TensorTarget
 
@@ -39,9 +38,8 @@ def examples(
     for index, picture in enumerate(data_set.pictures[:limit]):
         canvas = to_canvas(data_set.read(index), resize)
         target = TensorTarget.of(picture.target.on_canvas(picture.size, resize))
-        pixels = detector.normalise(torch.from_numpy(canvas.pixels[None]), torch.tensor([canvas.size]))
-        outputs = detector.network(pixels)
-        anchors = torch.cat(detector.network.anchors(canvas.canvas_size, outputs.grids))
+        outputs = detector.outputs(torch.from_numpy(canvas.pixels[None]), torch.tensor([canvas.size]))
+        anchors = detector.network.anchors_of(canvas.canvas_size)
         [matches] = match_batch(anchors, [target], loss, sizes=[canvas.size])
         [logits] = detector.network.flatten(outputs).cls_logits
         truth = torch.zeros_like(logits, dtype=torch.bool)

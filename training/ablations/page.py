@@ -20,7 +20,7 @@ from training.ablations.loss_shares import cumulative_share, examples, loss_of_e
 from training.ablations.runs import FIGURES, ROWS, Result, read_losses, read_results
 from training.checkpoint import build_detector, load_checkpoint
 from training.coco import CocoDataSet
-from training.focal import focal_loss_sum
+from training.losses import focal_loss_sum
 from training.presets import PRESETS
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)

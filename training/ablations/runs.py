@@ -207,7 +207,7 @@ class _Runner:
         return self._result(row, row.config(self.steps).steps, "", report, seconds, started)
 
     def _predictor(self, name: str) -> Predictor:
-        return open_predictor(self.out / name / "best.pt", str(self.device))
+        return open_predictor(self.out / name / "best.pt", "cuda" if self.device.type == "cuda" else "cpu")
 
     def _result(
         self, row: Row, steps: int, failure: str, report: ApReport | None, seconds: float, started: float

@@ -181,6 +181,7 @@ def positives_by_level(
     for picture in chosen:
         canvas = _canvas_size(picture, resize)
         levels = anchors_of(canvas, config.grids(canvas))
+        lengths = [len(level) for level in levels]
         target = TensorTarget.of(picture.target.on_canvas(picture.size, resize))
         matches = match(
             torch.cat(levels),
@@ -189,7 +190,7 @@ def positives_by_level(
             fg_iou_threshold=loss.fg_iou_threshold,
             bg_iou_threshold=loss.bg_iou_threshold,
         )
-        positives.append([int((part >= 0).sum()) for part in matches.split([len(level) for level in levels])])
+        positives.append([int((part >= 0).sum()) for part in torch.split(matches, lengths)])
     return tuple(np.mean(positives, axis=0).tolist()) if positives else (0.0,) * len(config.levels)
 
 

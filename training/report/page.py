@@ -1,7 +1,7 @@
 """A run to look at: `RUN/report/index.html`, one page that holds its pictures, and the same pictures as files beside.
 
-It is written before the first step (whether the anchors fit) and after each evaluation, from `metrics.jsonl` and what
-the evaluation saw. Each file gets its name when it is complete, so the page can be opened at any moment of a run.
+It is written before the first step (whether the anchors fit) and after each validation, from `metrics.jsonl` and what
+the validation saw. Each file gets its name when it is complete, so the page can be opened at any moment of a run.
 """
 
 import base64
@@ -26,7 +26,7 @@ from training.report.plots import (
     precision_recall,
     training_curves,
 )
-from training.report.validation import Seen
+from training.report.validation import ShownPicture, Validation
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
@@ -55,14 +55,15 @@ class Report:
         self._out, self._fit, self._names, self._settings = out, fit, names, settings
         self._fit_image = anchors_and_objects(fit)
 
-    def write(self, seen: Seen | None = None) -> None:
-        """Write it again, with what the last evaluation saw."""
+    def write(self, validation: Validation | None = None) -> None:
+        """Write it again, with what the last validation saw."""
         folder = self._out / "report"
         folder.mkdir(parents=True, exist_ok=True)
         entries = read_metrics(self._out / "metrics.jsonl")
         sections: list[str] = []
-        if seen is not None:
-            sections += [_figures(seen.ap), *_curves(folder, entries, seen), *_pictures(folder, seen, self._names)]
+        if validation is not None:
+            sections += [_figures(validation.ap), *_curves(folder, entries, validation.ap)]
+            sections += _pictures(folder, validation.pictures, self._names)
         settings = json.dumps(self._settings, indent=1)
         sections += [
             "<h2>Do the anchors fit?</h2>",
@@ -72,7 +73,7 @@ class Report:
             "<h2>Settings</h2>",
             f"<details><summary>all values</summary><pre>{escape(settings)}</pre></details>",
         ]
-        title = f"{self._out.name}: {_state(entries, seen)}"
+        title = f"{self._out.name}: {_state(entries, validation)}"
         page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(sections))
         write_whole(folder / "index.html", page.encode())
 
@@ -88,10 +89,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [entries[key] for key in sorted(entries)]
 
 
-def _state(entries: Sequence[Mapping[str, Any]], seen: Seen | None) -> str:
-    if seen is None:
+def _state(entries: Sequence[Mapping[str, Any]], validation: Validation | None) -> str:
+    if validation is None:
         return "before its first evaluation"
-    return f"AP {seen.ap.ap:.3f} on {seen.ap.num_images} pictures after {entries[-1]['step']:,} steps"
+    return f"AP {validation.ap.ap:.3f} on {validation.ap.num_images} pictures after {entries[-1]['step']:,} steps"
 
 
 def _figures(ap: ApReport) -> str:
@@ -109,12 +110,12 @@ def _figures(ap: ApReport) -> str:
     return f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
 
 
-def _pictures(folder: Path, seen: Seen, names: Mapping[int, str]) -> list[str]:
+def _pictures(folder: Path, pictures: Sequence[ShownPicture], names: Mapping[int, str]) -> list[str]:
     keys = ((FOUND, "found"), (WRONG, "not there, or of another class"), (MISSED, "missed"))
     legend = " ".join(f'<span class="key" style="background:{colour}">{text}</span>' for colour, text in keys)
     images = [
         _image(folder, f"picture-{number:02}.jpg", detections_and_truth(shown, names), shown.name)
-        for number, shown in enumerate(seen.pictures, start=1)
+        for number, shown in enumerate(pictures, start=1)
     ]
     return [
         "<h2>Validation pictures</h2>",
@@ -123,14 +124,14 @@ def _pictures(folder: Path, seen: Seen, names: Mapping[int, str]) -> list[str]:
     ]
 
 
-def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], seen: Seen) -> list[str]:
+def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], ap: ApReport) -> list[str]:
     return [
         "<h2>Training</h2>",
         _image(folder, "training.png", training_curves(entries), "dashed: validation pictures, whole, as they are"),
         "<h2>Precision and recall</h2>",
-        _image(folder, "precision-recall.png", precision_recall(seen.ap), "COCO's: 101 recalls, 100 detections"),
+        _image(folder, "precision-recall.png", precision_recall(ap), "COCO's: 101 recalls, 100 detections"),
         "<h2>Classes and sizes</h2>",
-        _image(folder, "ap.png", ap_by_class(seen.ap), "small is below 32² pixels of the picture, large above 96²"),
+        _image(folder, "ap.png", ap_by_class(ap), "small is below 32² pixels of the picture, large above 96²"),
     ]
 
 

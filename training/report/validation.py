@@ -1,28 +1,25 @@
-"""What an evaluation shows beside its AP, out of the very forward passes that AP needs: losses, and some pictures.
+"""Validation while training: COCO AP of the weights that export would take, with losses and some pictures.
 
-An `EvaluationWatch` is called with each picture after the network has seen it; the network's raw answer reaches it by
-a forward hook, so nothing is computed twice. Its losses are those of training, on whole pictures and without
-augmentation; each picture counts the same.
+All comes out of the very forward passes that AP needs: `torch_run` hands the network's outputs on, and nothing is
+computed twice. The losses are those of training, on whole pictures and without augmentation; each picture counts the
+same.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from model.image import resized_size
-from model.metadata import Label
+from model.candidates import CandidateDetector
+from model.metadata import Label, ResizePolicy
 from model.retinanet import LevelOutputs, RetinaNet
-from model.types import Detections, Pixels
+from model.types import CanvasImage, Detections, Pixels
 from training.coco import CocoDataSet, Target
-from training.config import TrainConfig
+from training.config import LossConfig, TrainConfig
 from training.distributed import Ranks
-from training.evaluate import ApReport
+from training.evaluate import ApReport, evaluate, torch_predictor
 from training.losses import retinanet_losses
 from training.transforms import TensorTarget
 
@@ -31,7 +28,7 @@ SHOWN_PICTURES = 12
 
 @dataclass(frozen=True, eq=False)
 class ShownPicture:
-    """A picture with what is there and what was found. Its pixels."""
+    """A picture with what is there and what was found, in its pixels."""
 
     index: int
     """In the data set."""
@@ -50,89 +47,91 @@ class PictureLosses:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What an evaluation saw."""
+class Validation:
+    """The result of one validation."""
 
     ap: ApReport
     losses: Sequence[PictureLosses]
-    """Of each picture, in any order."""
+    """Those of each picture, in any order."""
     pictures: Sequence[ShownPicture]
-
-    def gathered(self, ranks: Ranks) -> "Seen":
-        """What all ranks saw, on every rank."""
-        pictures = sorted(ranks.gather(self.pictures), key=lambda picture: picture.index)
-        return Seen(self.ap, ranks.gather(self.losses), pictures)
 
     @property
     def mean_losses(self) -> PictureLosses:
-        """Over the pictures; NaN if there were none."""
+        """The mean over the pictures; NaN if there were none."""
         if not self.losses:
             return PictureLosses(float("nan"), float("nan"))
         values = np.array([(losses.classification, losses.box) for losses in self.losses])
         return PictureLosses(*values.mean(axis=0).tolist())
 
 
-class EvaluationWatch:
-    """Looks at the pictures of one evaluation of `data_set`, of which SHOWN_PICTURES are kept to be shown."""
+def validate(
+    network: RetinaNet,
+    labels: tuple[Label, ...],
+    data_set: CocoDataSet,
+    config: TrainConfig,
+    *,
+    limit: int,
+    ranks: Ranks,
+) -> Validation:
+    """Evaluate the network, whose columns are `labels`, on the first `limit` pictures (0: all).
+
+    Every rank looks at a share of them and gets the whole result.
+    """
+    detector = CandidateDetector(network, labels).to(next(network.parameters()).device).eval()
+    collector = _Collector(network, labels, data_set, config.resize, config.loss, limit)
+    report = evaluate(
+        torch_predictor(detector, labels, config.resize, config.detection, on_outputs=collector.take_outputs),
+        data_set,
+        limit=limit,
+        skip_unreadable=config.unreadable == "skip",
+        ranks=ranks,
+        on_picture=collector.take_picture,
+    )
+    pictures = sorted(ranks.gather(collector.pictures), key=lambda picture: picture.index)
+    return Validation(report, ranks.gather(collector.losses), pictures)
+
+
+class _Collector:
+    """The losses of all pictures of this rank, and SHOWN_PICTURES of all pictures."""
 
     def __init__(
         self,
         network: RetinaNet,
         labels: Sequence[Label],
         data_set: CocoDataSet,
-        config: TrainConfig,
-        *,
-        limit: int = 0,
+        resize: ResizePolicy,
+        loss: LossConfig,
+        limit: int,
     ) -> None:
-        """`labels`: the network's; `limit`: as `evaluate` has it."""
-        self._network, self._data_set, self._config = network, data_set, config
+        self._network, self._data_set, self._resize, self._loss = network, data_set, resize, loss
         self._columns = np.array([labels.index(label) for label in data_set.labels])
         self._ids = np.array([label.class_id for label in data_set.labels])
         count = min(len(data_set), limit or len(data_set))
         self._shown = set(np.linspace(0, count - 1, SHOWN_PICTURES).astype(int).tolist())
-        self._answer: tuple[LevelOutputs, tuple[int, int]] | None = None
         self.losses: list[PictureLosses] = []
         self.pictures: list[ShownPicture] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While it is open, the network's answers are seen."""
-        handle = self._network.register_forward_hook(self._see)
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._answer = None
+    def take_outputs(self, outputs: LevelOutputs, canvas: CanvasImage) -> None:
+        """Keep the network's answer for the picture that is told of next."""
+        self._outputs, self._canvas = outputs, canvas
 
-    def __call__(self, index: int, pixels: Pixels, detections: Detections) -> None:
-        """The picture of that index has just gone through the network."""
-        target = self._data_set.pictures[index].target
-        self.losses.append(self._losses(self._data_set.pictures[index].size, target))
+    def take_picture(self, index: int, pixels: Pixels, detections: Detections) -> None:
+        picture = self._data_set.pictures[index]
+        self.losses.append(self._losses_of(picture.target.on_canvas(picture.size, self._resize)))
         if index in self._shown:
-            name = self._data_set.pictures[index].file.name
-            self.pictures.append(ShownPicture(index, name, pixels, target, self._ids[target.columns], detections))
-
-    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Any) -> None:
-        self._answer = outputs, (inputs[0].shape[2], inputs[0].shape[3])
+            ids = self._ids[picture.target.columns]
+            self.pictures.append(ShownPicture(index, picture.file.name, pixels, picture.target, ids, detections))
 
     @torch.inference_mode()
-    def _losses(self, size: tuple[int, int], target: Target) -> PictureLosses:
-        assert self._answer is not None, "a watch is called while `watching`, after the network has answered"
-        outputs, canvas = self._answer
-        height, width = resized_size(*size, self._config.resize)
-        scale = np.array([width / size[1], height / size[0]] * 2, np.float32)
-        scaled = TensorTarget(
-            torch.from_numpy(target.boxes * scale),
-            torch.from_numpy(self._columns[target.columns]),
-            torch.from_numpy(target.ignored * scale),
-        )
-        anchors = torch.cat(self._network.anchors(canvas, outputs.grids))
-        predictions = self._network.flatten(outputs)
+    def _losses_of(self, target: Target) -> PictureLosses:
+        """`target`: canvas pixels, the data set's columns."""
+        anchors = self._network.anchors_of(self._canvas.canvas_size)
+        columns = self._columns[target.columns]
         losses = retinanet_losses(
-            predictions,
+            self._network.flatten(self._outputs),
             anchors,
-            [scaled.to(anchors.device, anchors.dtype)],
-            self._config.loss,
-            sizes=[(height, width)],
+            [TensorTarget.of(Target(target.boxes, columns, target.ignored)).to(anchors.device, anchors.dtype)],
+            self._loss,
+            sizes=[self._canvas.size],
         )
         return PictureLosses(losses.classification.item(), losses.box.item())

@@ -13,7 +13,7 @@ from training.ablations.loss_shares import cumulative_share, loss_of_each, share
 from training.ablations.page import PARTS, Claim, scenario_table, verdict, write_page
 from training.ablations.runs import ROWS, Result, append_result, read_results, run_rows
 from training.coco import load_coco
-from training.focal import focal_loss_sum
+from training.losses import focal_loss_sum
 from training.optimiser import learning_rate
 from training.presets import PRESETS
 
@@ -60,7 +60,9 @@ def test_every_row_has_a_name_of_its_own_and_changes_only_what_there_is() -> Non
 
 def test_the_rows_of_bare_sgd_keep_their_learning_rate() -> None:
     [sgd] = [row.config(None) for row in ROWS if row.name == "sgd"]
-    assert {learning_rate(sgd, step) for step in range(sgd.steps)} == {0.005}  # 0.01 is for twice the images
+    assert {
+        learning_rate(sgd.optimiser, step, steps=sgd.steps, batch_size=sgd.batch_size) for step in range(sgd.steps)
+    } == {0.005}  # 0.01 is for twice the images
 
 
 def test_every_row_but_the_repeated_one_is_in_the_page_and_claims_compare_rows_that_exist() -> None:

@@ -110,7 +110,7 @@ def test_frozen_stages_do_not_move_in_a_step_and_all_others_do(checkpoint: Check
     freeze_stages(network, 2)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimiser = build_optimiser(network, config.optimiser)
-    set_train_mode(network, config, step=0)
+    set_train_mode(network, frozen_stages=config.freeze_stages, frozen_batch_norm=False)
     outputs = network(torch.randn(2, 3, 64, 64))
     sum(level.square().sum() for level in [*outputs.cls_logits, *outputs.bbox_regression]).backward()  # type: ignore[union-attr]
     optimiser.step()
