@@ -41,6 +41,7 @@ _MOST_OBJECTS = 14
 _LEAST_INSIDE = 0.60
 _LEAST_VISIBLE = 0.65
 _JPEG_QUALITY = 92
+_FILE_NAME = "{:06d}.jpg"
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,13 +263,9 @@ class _Annotated:
 def _draw_file(folder: Path, seed: int, split: str, index: int) -> _Annotated:
     drawn = draw_picture(seed, split, index)
     jpeg = simplejpeg.encode_jpeg(drawn.pixels, quality=_JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
-    (folder / _file_name(index)).write_bytes(jpeg)
+    (folder / _FILE_NAME.format(index + 1)).write_bytes(jpeg)
     height, width, _ = drawn.pixels.shape
     return _Annotated((height, width), drawn.boxes, drawn.labels, drawn.areas)
-
-
-def _file_name(index: int) -> str:
-    return f"{index + 1:06d}.jpg"
 
 
 def _coco(pictures: list[_Annotated], seed: int, split: str) -> dict[str, Any]:
@@ -281,8 +278,8 @@ def _coco(pictures: list[_Annotated], seed: int, split: str) -> dict[str, Any]:
         "info": {"description": f"Drawn shapes, {split}", "version": DRAWING_VERSION, "seed": seed},
         "licenses": [],
         "images": [
-            {"id": index + 1, "file_name": _file_name(index), "height": picture.size[0], "width": picture.size[1]}
-            for index, picture in enumerate(pictures)
+            {"id": image_id, "file_name": _FILE_NAME.format(image_id), "height": size[0], "width": size[1]}
+            for image_id, size in enumerate((picture.size for picture in pictures), start=1)
         ],
         "annotations": [
             {
