@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install test check format demo-model article bench docker-test docker-requirements clean
+.PHONY: serve install test check format demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see BENCHMARKS.md
@@ -37,8 +37,10 @@ data/shapes: | install
 	$(BIN)/python -m training demo --out $@.unfinished --images 8000 --validation-images 500 --seed 0
 	mv $@.unfinished $@
 
-article: install data/article ## the article's claims on data: 50 minutes on two cores, training/ARTICLE.md at the end; stop and start it as you like
-	$(BIN)/python -m training article --data data/article --out runs/article --page training
+ablations: install data/article ## checks the claims of "The intuition behind RetinaNet": 50 minutes on two cores, training/ARTICLE.md at the end; stop and start it as you like
+	$(BIN)/python -m training ablations --data data/article --out runs/article --page training
+
+article: ablations ## the name that it had
 
 data/article: | install
 	rm -rf $@.unfinished

@@ -1,10 +1,12 @@
-"""The article's claims, compared by small training runs that differ in one value: `python -m training article`.
+"""Ablations: small training runs that differ in one value, to check the claims of *The intuition behind RetinaNet*.
 
-Every row is the `article` preset with some values changed. It is trained in its own run folder, evaluated, and its
-result appended to OUT/results.jsonl, so a run that is stopped goes on where it stopped: finished rows are skipped, the
-one under way resumes. At the end (and whenever the command is repeated) the page is written from what there is; what
-was not run is said to be not run. The rows are the list ROWS; which of them a claim compares, `training.ablations.page`
-says.
+    python -m training ablations --data DIR --out RUNS
+
+Every ablation is the `ablation` preset with some values changed. It is trained in its own run folder, evaluated, and
+its result appended to OUT/results.jsonl, so a run that is stopped goes on where it stopped: finished ablations are
+skipped, the one under way resumes. At the end (and whenever the command is repeated) the page is written from what
+there is; what was not run is said to be not run. They are listed in ABLATIONS; which of them a claim compares,
+`training.ablations.claims` says.
 """
 
 import json
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 
+from model.detector import Device
 from model.files import write_whole
 from training.coco import CocoDataSet, load_coco
 from training.config import TrainConfig, override
-from training.evaluate import ApReport, Predictor, evaluate, open_predictor
+from training.evaluate import ApReport, Predictor, choose_device, evaluate, open_predictor
 from training.presets import PRESETS, PROPOSAL_LOSS, PROPOSALS
 from training.stopping import TrainingDiverged
 from training.train import train
@@ -34,14 +37,14 @@ PYRAMID_SCALES = (192, 256, 320)
 
 
 @dataclass(frozen=True)
-class Row:
+class Ablation:
     name: str
     change: str
     """In words, for the page."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """Of the preset, by the names of their flags."""
     model_of: str = ""
-    """The row whose model is evaluated; none: this row trains its own."""
+    """The ablation whose model is evaluated; none: this ablation trains its own."""
     scales: tuple[int, ...] = ()
     """Of an image pyramid, in the evaluation."""
 
@@ -61,37 +64,39 @@ PAPERS_SGD = {
 RPN = {**vars(PROPOSAL_LOSS), **vars(PROPOSALS), "head": "shared", "head_convs": 1, "p6_from": "pool"}
 RPN_ANCHORS = {"scales": (1.0,), "lowest_level": 2}
 
-ROWS = (
-    Row("baseline", "RetinaNet: FPN, focal loss γ 2 α .25, prior .01, smooth-L1 σ 3"),
-    Row("baseline-again", "the baseline with another seed: what chance does", {"seed": 1}),
+ABLATIONS = (
+    Ablation("baseline", "RetinaNet: FPN, focal loss γ 2 α .25, prior .01, smooth-L1 σ 3"),
+    Ablation("baseline-again", "the baseline with another seed: what chance does", {"seed": 1}),
     # 1. the loss
-    Row("cross-entropy", "cross-entropy: γ 0, no α", CROSS_ENTROPY),
-    Row("balanced", "α-balanced cross-entropy: γ 0, α .75", {"focal_gamma": 0.0, "focal_alpha": 0.75}),
-    Row("sampled", "cross-entropy on 128 + 128 sampled anchors", {**CROSS_ENTROPY, "sampled_anchors": 256}),
-    Row("gamma-0.5", "γ 0.5, α .5", {"focal_gamma": 0.5, "focal_alpha": 0.5}),
-    Row("gamma-1", "γ 1, α .25", {"focal_gamma": 1.0}),
-    Row("gamma-5", "γ 5, α .25", {"focal_gamma": 5.0}),
+    Ablation("cross-entropy", "cross-entropy: γ 0, no α", CROSS_ENTROPY),
+    Ablation("balanced", "α-balanced cross-entropy: γ 0, α .75", {"focal_gamma": 0.0, "focal_alpha": 0.75}),
+    Ablation("sampled", "cross-entropy on 128 + 128 sampled anchors", {**CROSS_ENTROPY, "sampled_anchors": 256}),
+    Ablation("gamma-0.5", "γ 0.5, α .5", {"focal_gamma": 0.5, "focal_alpha": 0.5}),
+    Ablation("gamma-1", "γ 1, α .25", {"focal_gamma": 1.0}),
+    Ablation("gamma-5", "γ 5, α .25", {"focal_gamma": 5.0}),
     # 2. the prior
-    Row("no-prior", "prior .5: off", {"prior": 0.5}),
-    Row("cross-entropy-no-prior", "cross-entropy, prior .5: off", {**CROSS_ENTROPY, "prior": 0.5}),
-    Row("sgd", "the paper's SGD, 100 steps", PAPERS_SGD),
-    Row("sgd-no-prior", "the paper's SGD, 100 steps, prior .5: off", {**PAPERS_SGD, "prior": 0.5}),
-    Row(
+    Ablation("no-prior", "prior .5: off", {"prior": 0.5}),
+    Ablation("cross-entropy-no-prior", "cross-entropy, prior .5: off", {**CROSS_ENTROPY, "prior": 0.5}),
+    Ablation("sgd", "the paper's SGD, 100 steps", PAPERS_SGD),
+    Ablation("sgd-no-prior", "the paper's SGD, 100 steps, prior .5: off", {**PAPERS_SGD, "prior": 0.5}),
+    Ablation(
         "sgd-cross-entropy-no-prior",
         "the paper's SGD, 100 steps, cross-entropy, prior .5: off",
         {**PAPERS_SGD, **CROSS_ENTROPY, "prior": 0.5},
     ),
     # 3. pyramids
-    Row("top", "P5 alone, with the anchors of all levels", {"pyramid": "top"}),
-    Row("rough", "levels without the top-down path", {"pyramid": "rough"}),
-    Row("image-pyramid", f"the baseline's model on pictures of {PYRAMID_SCALES} px", {}, "baseline", PYRAMID_SCALES),
-    Row("top-image-pyramid", f"`top`'s model on pictures of {PYRAMID_SCALES} px", {}, "top", PYRAMID_SCALES),
+    Ablation("top", "P5 alone, with the anchors of all levels", {"pyramid": "top"}),
+    Ablation("rough", "levels without the top-down path", {"pyramid": "rough"}),
+    Ablation(
+        "image-pyramid", f"the baseline's model on pictures of {PYRAMID_SCALES} px", {}, "baseline", PYRAMID_SCALES
+    ),
+    Ablation("top-image-pyramid", f"`top`'s model on pictures of {PYRAMID_SCALES} px", {}, "top", PYRAMID_SCALES),
     # 4. proposals
-    Row("rpn", "region proposal network on P2 to P6", {**RPN, **RPN_ANCHORS}),
-    Row("rpn-top", "region proposal network on P5 alone", {**RPN, "scales": (1.0,), "pyramid": "top"}),
+    Ablation("rpn", "region proposal network on P2 to P6", {**RPN, **RPN_ANCHORS}),
+    Ablation("rpn-top", "region proposal network on P5 alone", {**RPN, "scales": (1.0,), "pyramid": "top"}),
     # 5. the box loss
-    Row("l1", "L1", {"box_loss": "l1"}),
-    Row("giou", "GIoU", {"box_loss": "giou"}),
+    Ablation("l1", "L1", {"box_loss": "l1"}),
+    Ablation("giou", "GIoU", {"box_loss": "giou"}),
 )
 
 
@@ -128,30 +133,32 @@ class Result:
     commit: str
 
 
-def run_rows(
+def run_ablations(
     data: Path,
     out: Path,
     *,
     names: Collection[str] = (),
     steps: int | None = None,
-    device: torch.device,
+    device: Device,
     workers: int,
     commit: str,
 ) -> list[Result]:
-    """Run the rows of these names (none: all) that have no result yet, and return all results there are.
+    """Run the ablations of these names (none: all) that have no result yet, and return all results there are.
 
-    ValueError: a name is no row's, a row's model was not trained, or results in `out` are of other settings.
+    ValueError: a name is no ablation's, a ablation's model was not trained, or results in `out` are of other settings.
     """
-    unknown = set(names) - {row.name for row in ROWS}
+    unknown = set(names) - {ablation.name for ablation in ABLATIONS}
     if unknown:
-        raise ValueError(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(r.name for r in ROWS)}")
+        raise ValueError(
+            f"there is no ablation {', '.join(sorted(unknown))}; there are {', '.join(r.name for r in ABLATIONS)}"
+        )
     training_set = load_coco(data, "train", class_agnostic=True)
     validation_set = load_coco(data, "val", class_agnostic=True)
     runner = _Runner(training_set, validation_set, out, steps, device, workers, commit)
     out.mkdir(parents=True, exist_ok=True)
-    for row in ROWS:
-        if not names or row.name in names:
-            runner.run(row)
+    for ablation in ABLATIONS:
+        if not names or ablation.name in names:
+            runner.run(ablation)
     return read_results(out)
 
 
@@ -161,62 +168,71 @@ class _Runner:
     validation_set: CocoDataSet
     out: Path
     steps: int | None
-    device: torch.device
+    device: Device
     workers: int
     commit: str
 
-    def run(self, row: Row) -> None:
+    def run(self, ablation: Ablation) -> None:
         done = {result.name: result for result in read_results(self.out)}
-        config = row.config(self.steps)
-        if row.name not in done:
-            result = self._evaluated(row) if row.model_of else self._trained(row, config)
+        config = ablation.config(self.steps)
+        if ablation.name not in done:
+            result = self._evaluated(ablation) if ablation.model_of else self._trained(ablation, config)
             append_result(self.out, result)
-            log.info("%s: %s, %.1f minutes", row.name, result.failure or _ap(result), result.minutes)
-        elif done[row.name].steps != config.steps:
+            log.info("%s: %s, %.1f minutes", ablation.name, result.failure or _ap(result), result.minutes)
+        elif done[ablation.name].steps != config.steps:
             raise ValueError(
-                f"{self.out} has {row.name} after {done[row.name].steps} steps, not {config.steps}: use another --out"
+                f"{self.out} has {ablation.name} after {done[ablation.name].steps} steps, not {config.steps}: "
+                f"use another --out"
             )
 
-    def _trained(self, row: Row, config: TrainConfig) -> Result:
+    def _trained(self, ablation: Ablation, config: TrainConfig) -> Result:
         started = time.perf_counter()
-        log.info("%s: %s", row.name, row.change)
+        log.info("%s: %s", ablation.name, ablation.change)
         report, failure = None, ""
         try:
             report = train(
                 config,
                 self.training_set,
                 self.validation_set,
-                self.out / row.name,
-                device=self.device,
+                self.out / ablation.name,
+                device=choose_device(self.device),
                 workers=self.workers,
                 resume=True,
-                notes={"command": f"python -m training article, row {row.name}", "commit": self.commit},
+                notes={"command": f"python -m training ablations --only {ablation.name}", "commit": self.commit},
             )
         except TrainingDiverged as error:
             failure = str(error)
-        seconds = 0.0 if report is None else median_seconds(self._predictor(row.name), self.validation_set)
-        return self._result(row, config.steps, failure, report, seconds, started)
+        seconds = 0.0 if report is None else median_seconds(self._predictor(ablation.name), self.validation_set)
+        return self._result(ablation, config.steps, failure, report, seconds, started)
 
-    def _evaluated(self, row: Row) -> Result:
+    def _evaluated(self, ablation: Ablation) -> Result:
         started = time.perf_counter()
-        if not (self.out / row.model_of / "best.pt").exists():
-            raise ValueError(f"row {row.name} needs the model of {row.model_of}: run that first")
-        predictor = replace(self._predictor(row.model_of), scales=row.scales)
+        if not (self.out / ablation.model_of / "best.pt").exists():
+            raise ValueError(f"ablation {ablation.name} needs the model of {ablation.model_of}: run that first")
+        predictor = replace(self._predictor(ablation.model_of), scales=ablation.scales)
         report = evaluate(predictor, self.validation_set)
         seconds = median_seconds(predictor, self.validation_set)
-        return self._result(row, row.config(self.steps).steps, "", report, seconds, started)
+        return self._result(ablation, ablation.config(self.steps).steps, "", report, seconds, started)
 
     def _predictor(self, name: str) -> Predictor:
-        return open_predictor(self.out / name / "best.pt", "cuda" if self.device.type == "cuda" else "cpu")
+        return open_predictor(self.out / name / "best.pt", self.device)
 
     def _result(
-        self, row: Row, steps: int, failure: str, report: ApReport | None, seconds: float, started: float
+        self, ablation: Ablation, steps: int, failure: str, report: ApReport | None, seconds: float, started: float
     ) -> Result:
         minutes = (time.perf_counter() - started) / 60
         figures = {} if report is None else {name: figure(report) for name, figure in FIGURES.items()}
         num_pictures = 0 if report is None else report.num_images
         return Result(
-            row.name, steps, failure, figures, num_pictures, seconds, minutes, machine(self.device), self.commit
+            ablation.name,
+            steps,
+            failure,
+            figures,
+            num_pictures,
+            seconds,
+            minutes,
+            machine(choose_device(self.device)),
+            self.commit,
         )
 
 
@@ -249,17 +265,17 @@ def append_result(out: Path, result: Result) -> None:
 
 
 def read_results(out: Path) -> list[Result]:
-    """In the order of ROWS."""
+    """In the order of ABLATIONS."""
     file = out / "results.jsonl"
     results: dict[str, Result] = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         result = Result(**json.loads(line))
         results[result.name] = result
-    return [results[row.name] for row in ROWS if row.name in results]
+    return [results[ablation.name] for ablation in ABLATIONS if ablation.name in results]
 
 
 def read_losses(out: Path, name: str) -> Sequence[tuple[int, float]]:
-    """(step, classification loss + box loss) of a row's run, as far as it was logged."""
+    """(step, classification loss + box loss) of a ablation's run, as far as it was logged."""
     file = out / name / "metrics.jsonl"
     entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     losses = {e["step"]: e["classification_loss"] + e["box_loss"] for e in entries if "box_loss" in e}

@@ -1,4 +1,4 @@
-"""The article's claims: the list of rows, the runner that resumes, the page, and the paper's cumulative shares."""
+"""The article's claims: the list of ablations, the runner that resumes, the page, and the paper's cumulative shares."""
 
 import json
 import math
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from training.ablations.claims import PARTS, Claim, verdict
 from training.ablations.loss_shares import cumulative_share, loss_of_each, share_of_hardest
-from training.ablations.page import PARTS, Claim, scenario_table, verdict, write_page
-from training.ablations.runs import ROWS, Result, append_result, read_results, run_rows
+from training.ablations.page import scenario_table, write_page
+from training.ablations.runs import ABLATIONS, Result, append_result, read_results, run_ablations
+from training.arguments import build_parser
 from training.coco import load_coco
 from training.losses import focal_loss_sum
 from training.optimiser import learning_rate
 from training.presets import PRESETS
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +43,46 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_command_and_its_flag_keep_their_old_names() -> None:
+    old = build_parser().parse_args(["article", "--data", "d", "--out", "o", "--rows", "top", "rough"])
+    new = build_parser().parse_args(["ablations", "--data", "d", "--out", "o", "--only", "top", "rough"])
+    assert vars(old) == vars(new)
+    assert (new.command, new.only) == ("ablations", ["top", "rough"])
+    assert PRESETS["article"] == PRESETS["ablation"]
+
+
 def result(name: str, *, ap: float = 0.2, failure: str = "") -> Result:
     figures = {} if failure else {"AP": ap, "AP50": 0.4}
     return Result(name, 400, failure, figures, 3, 0.01, 2.0, "a machine", "abc")
 
 
-def test_every_row_has_a_name_of_its_own_and_changes_only_what_there_is() -> None:
-    assert len({row.name for row in ROWS}) == len(ROWS)
-    for row in ROWS:
-        config = row.config(None)
+def test_every_ablation_has_a_name_of_its_own_and_changes_only_what_there_is() -> None:
+    assert len({ablation.name for ablation in ABLATIONS}) == len(ABLATIONS)
+    for ablation in ABLATIONS:
+        config = ablation.config(None)
         changed = {name: value for part in (config, config.model, config.model.anchors, config.loss, config.optimiser,
                                             config.detection) for name, value in vars(part).items()}  # fmt: skip
-        assert {name: changed[name] for name in row.values} == dict(row.values)
-        assert (config == PRESETS["ablation"]) == (not row.values)
+        assert {name: changed[name] for name in ablation.values} == dict(ablation.values)
+        assert (config == PRESETS["ablation"]) == (not ablation.values)
 
 
-def test_the_rows_of_bare_sgd_keep_their_learning_rate() -> None:
-    [sgd] = [row.config(None) for row in ROWS if row.name == "sgd"]
+def test_the_ablations_with_bare_sgd_keep_their_learning_rate() -> None:
+    [sgd] = [ablation.config(None) for ablation in ABLATIONS if ablation.name == "sgd"]
     assert {
         learning_rate(sgd.optimiser, step, steps=sgd.steps, batch_size=sgd.batch_size) for step in range(sgd.steps)
     } == {0.005}  # 0.01 is for twice the images
 
 
-def test_every_row_but_the_repeated_one_is_in_the_page_and_claims_compare_rows_that_exist() -> None:
-    names = {row.name for row in ROWS}
-    assert {name for part in PARTS for name in part.rows} == names - {"baseline-again"}
+def test_every_ablation_but_the_repeated_one_is_in_the_page_and_claims_compare_ablations_that_exist() -> None:
+    names = {ablation.name for ablation in ABLATIONS}
+    assert {name for part in PARTS for name in part.ablations} == names - {"baseline-again"}
     assert {name for part in PARTS for claim in part.claims for name in (claim.better, claim.worse)} <= names
 
 
 @pytest.mark.slow
-def test_rows_run_once_then_are_skipped_and_the_page_says_what_was_not_run(data: Path, tmp_path: Path) -> None:
+def test_ablations_run_once_then_are_skipped_and_the_page_says_what_was_not_run(data: Path, tmp_path: Path) -> None:
     def run(*names: str) -> list[Result]:
-        return run_rows(data, tmp_path / "out", names=names, steps=1, device=CPU, workers=0, commit="abc")
+        return run_ablations(data, tmp_path / "out", names=names, steps=1, device="cpu", workers=0, commit="abc")
 
     run("baseline")
     first = (tmp_path / "out" / "results.jsonl").read_text()
@@ -83,22 +91,22 @@ def test_rows_run_once_then_are_skipped_and_the_page_says_what_was_not_run(data:
     assert (tmp_path / "out" / "results.jsonl").read_text().startswith(first)
     assert all(each.num_pictures == 3 and each.seconds_per_picture > 0 for each in results)
     with pytest.raises(ValueError, match="another --out"):
-        run_rows(data, tmp_path / "out", names=["baseline"], steps=2, device=CPU, workers=0, commit="abc")
+        run_ablations(data, tmp_path / "out", names=["baseline"], steps=2, device="cpu", workers=0, commit="abc")
 
     write_page(tmp_path / "out", tmp_path / "page", load_coco(data, "val", class_agnostic=True))
     page = (tmp_path / "page" / "ARTICLE.md").read_text()
-    assert f"2 of {len(ROWS)} rows were run" in page
+    assert f"2 of {len(ABLATIONS)} ablations were run" in page
     assert "| `rpn` | region proposal network on P2 to P6 | not run |" in page
     plots = {file.name for file in (tmp_path / "page" / "figures").iterdir()}
     assert plots == {"shares.png", "prior.png", "pyramids.png"}
     assert "| baseline | 1 |" in (tmp_path / "out" / "log.md").read_text()
 
 
-def test_a_row_whose_model_was_not_trained_and_an_unknown_row_are_refused(data: Path, tmp_path: Path) -> None:
+def test_an_ablation_whose_model_was_not_trained_and_an_unknown_one_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs the model of top"):
-        run_rows(data, tmp_path, names=["top-image-pyramid"], steps=1, device=CPU, workers=0, commit="")
-    with pytest.raises(ValueError, match="no row sideways; there are baseline,"):
-        run_rows(data, tmp_path, names=["sideways"], device=CPU, workers=0, commit="")
+        run_ablations(data, tmp_path, names=["top-image-pyramid"], steps=1, device="cpu", workers=0, commit="")
+    with pytest.raises(ValueError, match="no ablation sideways; there are baseline,"):
+        run_ablations(data, tmp_path, names=["sideways"], device="cpu", workers=0, commit="")
 
 
 def test_results_survive_the_way_through_their_file(tmp_path: Path) -> None:
