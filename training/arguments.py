@@ -16,13 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m training", description="demo | anchors | train | evaluate | import | export | ablations"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_anchors(commands)
-    _add_train(commands)
-    _add_evaluate(commands)
-    _add_import(commands)
-    _add_export(commands)
-    _add_ablations(commands)
+    for add in (_add_demo, _add_anchors, _add_train, _add_evaluate, _add_import, _add_export, _add_ablations):
+        add(commands)
     return parser
 
 

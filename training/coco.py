@@ -175,10 +175,7 @@ def _target(annotations: list[Any], size: tuple[int, int], columns: dict[int, in
         else:
             boxes.append(box)
             kept_columns.append(columns[int(annotation["category_id"])])
-    return (
-        Target(_boxes(boxes), np.array(kept_columns, dtype=np.int64), _boxes(ignored)),
-        dropped,
-    )
+    return Target(_boxes(boxes), np.array(kept_columns, dtype=np.int64), _boxes(ignored)), dropped
 
 
 def _boxes(boxes: list[list[float]]) -> NDArray[np.float32]:

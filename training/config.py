@@ -148,7 +148,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
         if is_dataclass(current):
             changes[entry.name] = override(current, values)
         elif values.get(entry.name) is not None:
-            changes[entry.name] = values[entry.name]
+            changes[entry.name] = _frozen(values[entry.name])
     return replace(config, **changes)  # type: ignore[type-var]
 
 
@@ -169,6 +169,11 @@ def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
 def _restore(hint: Any, value: Any) -> Any:
     if is_dataclass(hint):
         return from_dict(hint, value)  # type: ignore[arg-type]
+    return _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    """JSON and argparse know lists alone."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -190,14 +195,7 @@ def _argument(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
-        return {"type": get_args(hint)[0], "nargs": "+", "metavar": "X", "action": _Tuple}
+        return {"type": get_args(hint)[0], "nargs": "+", "metavar": "X"}
     if hint in (bool, bool | None):
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": "X"}
-
-
-class _Tuple(argparse.Action):
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        vars(namespace)[self.dest] = tuple(values)

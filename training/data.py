@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import cv2
@@ -56,7 +57,7 @@ class TrainingSamples(Dataset[Sample]):
 
 
 def schedule(
-    sizes: Sequence[tuple[int, int]], config: AugmentConfig, *, num_images: int, group_by_aspect: bool, seed: int
+    sizes: Sequence[tuple[int, int]], config: AugmentConfig, num_images: int, seed: int, *, group_by_aspect: bool
 ) -> Iterator[list[SampleKey]]:
     """Yield the keys of each step's samples, without end: shuffled epochs cut into steps, across epoch borders.
 
@@ -102,25 +103,19 @@ def load_batches(
     ValueError: a step has too few images for the ranks and the parts.
     """
     smallest = min(config.augment.crop_batch_sizes or (config.batch_size,))
-    parts = ranks.size * config.accumulate_steps
-    if smallest < parts:
+    if smallest < ranks.size * config.accumulate_steps:
         raise ValueError(
             f"a step of {smallest} images cannot be shared by {ranks.size} processes in {config.accumulate_steps} "
             f"parts each; a larger --batch-size (or --crop-batch-sizes) can"
         )
-    steps = schedule(
-        [picture.size for picture in data_set.pictures],
-        config.augment,
-        num_images=config.batch_size,
-        group_by_aspect=config.group_by_aspect,
-        seed=config.seed,
-    )
+    sizes = [picture.size for picture in data_set.pictures]
+    steps = schedule(sizes, config.augment, config.batch_size, config.seed, group_by_aspect=config.group_by_aspect)
     keys = (ranks.share(step) for step in islice(steps, first_step, config.steps))
     loader = DataLoader(
         TrainingSamples(data_set, config.augment, config.resize, config.seed),
         batch_sampler=keys,
         num_workers=workers,
-        collate_fn=_Collate(config.resize.divisor),
+        collate_fn=partial(collate, divisor=config.resize.divisor),
         worker_init_fn=_start_worker,
         multiprocessing_context="spawn" if workers else None,
         pin_memory=pin_memory,
@@ -134,14 +129,6 @@ def load_batches(
                 skipped.add(problem)
                 log.warning("skipped, another picture stands in (%d so far): %s", len(skipped), problem)
         yield batch
-
-
-@dataclass(frozen=True)
-class _Collate:
-    divisor: int
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        return collate(samples, self.divisor)
 
 
 def _start_worker(worker: int) -> None:

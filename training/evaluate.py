@@ -22,7 +22,7 @@ from tqdm import tqdm
 from model.candidates import CandidateDetector
 from model.detector import Detector, Device
 from model.image import to_canvas, to_original
-from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, Label, ResizePolicy
+from model.metadata import Label, ResizePolicy
 from model.retinanet import LevelOutputs
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels, coco_results
@@ -49,9 +49,7 @@ class Predictor:
     run: FindCandidates
     labels: tuple[Label, ...]
     resize: ResizePolicy
-    score_threshold: float = SCORE_THRESHOLD
-    nms_threshold: float = NMS_THRESHOLD
-    max_detections: int = MAX_DETECTIONS
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     scales: tuple[int, ...] = ()
     """Shorter sides, px, of an image pyramid whose candidates go through one NMS; none: the resize policy's own."""
 
@@ -60,9 +58,9 @@ class Predictor:
         canvases = [to_canvas(image, scaled(self.resize, scale)) for scale in self.scales or [self.resize.shorter_side]]
         detections = suppress(
             merged([self.run([canvas])[0] for canvas in canvases], canvases),
-            score_threshold=self.score_threshold,
-            nms_threshold=self.nms_threshold,
-            max_detections=self.max_detections,
+            score_threshold=self.detection.score_threshold,
+            nms_threshold=self.detection.nms_threshold,
+            max_detections=self.detection.max_detections,
         )
         return to_original(detections, canvases[0])
 
@@ -130,14 +128,8 @@ def open_predictor(model: Path, device: Device = "auto") -> Predictor:
     if model.suffix == ".onnx":
         detector = Detector(model, device=device)
         metadata = detector.metadata
-        return Predictor(
-            detector.run,
-            metadata.labels,
-            metadata.resize,
-            metadata.score_threshold,
-            metadata.nms_threshold,
-            metadata.max_detections,
-        )
+        detection = DetectionConfig(metadata.score_threshold, metadata.nms_threshold, metadata.max_detections)
+        return Predictor(detector.run, metadata.labels, metadata.resize, detection)
     checkpoint = load_checkpoint(model)
     detector_module = build_detector(checkpoint).to(choose_device(device))
     return torch_predictor(detector_module, checkpoint.labels, checkpoint.config.resize, checkpoint.config.detection)
@@ -152,14 +144,7 @@ def torch_predictor(
     on_outputs: OnOutputs | None = None,
 ) -> Predictor:
     """Predict as the exported file would."""
-    return Predictor(
-        torch_run(detector, on_outputs),
-        labels,
-        resize,
-        detection.score_threshold,
-        detection.nms_threshold,
-        detection.max_detections,
-    )
+    return Predictor(torch_run(detector, on_outputs), labels, resize, detection)
 
 
 def choose_device(device: Device) -> torch.device:
@@ -263,20 +248,8 @@ def average_precision(
     per_class = {name: _mean(precision[:, :, column, 0]) for column, name in enumerate(names)}
     ap, ap50, ap75, small, medium, large, _, _, recall_100, *_ = figures
     of_any_size, *by_size = (_mean(evaluation.eval["recall"][:, :, size, -1]) for size in range(4))
-    return ApReport(
-        ap,
-        ap50,
-        ap75,
-        small,
-        medium,
-        large,
-        recall_100,
-        of_any_size,
-        (by_size[0], by_size[1], by_size[2]),
-        per_class,
-        len(image_ids),
-        precision,
-    )
+    recalls = recall_100, of_any_size, (by_size[0], by_size[1], by_size[2])
+    return ApReport(ap, ap50, ap75, small, medium, large, *recalls, per_class, len(image_ids), precision)
 
 
 def _mean(precision: np.ndarray[Any, Any]) -> float:

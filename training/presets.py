@@ -13,10 +13,7 @@ from training.config import AugmentConfig, DetectionConfig, LossConfig, Optimise
 
 PAPER = TrainConfig()
 """Lin et al. 2017, §4.1 and §5: ResNet-50, 16 images a step, 90,000 steps.
-
-    python -m training train --preset paper --data COCO --out runs/paper
-
-Not measured here.
+`python -m training train --preset paper --data COCO --out runs/paper`: not measured here.
 """
 
 TORCHVISION_V1 = replace(
@@ -29,10 +26,8 @@ TORCHVISION_V1 = replace(
     freeze_stages=2,
 )
 """torchvision's reference recipe: 26 epochs of COCO, milestones after 16 and 22, plain L1. It decays biases too.
-
-    python -m training train --preset torchvision-v1 --data COCO --out runs/v1
-
-Not measured here; speed and memory against torchvision's own loop: `python -m tests.benchmarks.training`.
+`python -m training train --preset torchvision-v1 --data COCO --out runs/v1`: AP not measured here; speed and memory
+against torchvision's own loop: `python -m tests.benchmarks.training`.
 """
 
 TORCHVISION_V2 = replace(
@@ -43,10 +38,7 @@ TORCHVISION_V2 = replace(
     augment=AugmentConfig(shorter_sides=tuple(range(480, 801, 32))),
 )
 """torchvision's second one: AdamW, batch norm that is trained, GroupNorm in the heads, GIoU, shorter sides 480 to 800.
-
-    python -m training train --preset torchvision-v2 --data COCO --out runs/v2
-
-Not measured here.
+`python -m training train --preset torchvision-v2 --data COCO --out runs/v2`: not measured here.
 """
 
 DETECTRON2_3X = replace(
@@ -60,10 +52,7 @@ DETECTRON2_3X = replace(
 )
 """detectron2's RetinaNet R50 3x, on torchvision's backbone weights: shorter sides 640 to 800, smooth-L1 with beta 0,
 losses over the running mean of the positives.
-
-    python -m training train --preset detectron2-3x --data COCO --out runs/3x
-
-Not measured here.
+`python -m training train --preset detectron2-3x --data COCO --out runs/3x`: not measured here.
 """
 
 PROPOSAL_LOSS = LossConfig(
@@ -90,11 +79,8 @@ RPN = replace(
     class_agnostic=True,
 )
 """Lin et al. 2017, Feature Pyramid Networks, §5.1: proposals, 16 images a step, 40,000 steps.
-
-    python -m training train --preset rpn --data COCO --out runs/rpn
-    python -m training evaluate --class-agnostic --data COCO --model runs/rpn/best.pt
-
-Not measured at this size; as an ablation, on small pictures, 1,000 proposals find 0.568 of the objects
+`python -m training train --preset rpn --data COCO --out runs/rpn`, then `python -m training evaluate --class-agnostic`:
+not measured at this size; as an ablation, on small pictures, 1,000 proposals find 0.568 of the objects
 (training/ARTICLE.md).
 """
 
@@ -139,10 +125,8 @@ DEMO = TrainConfig(
     pretrained_backbone=False,
 )
 """Small enough to be trained from scratch on two cores, on crops at the scale that is served.
-
-    make demo-model
-
-One run of it is not measured; the model that ships took four, 12,600 steps, and has AP 0.805 (training/LOG.md).
+`make demo-model`: one run of it is not measured; the model that ships took four, 12,600 steps, and has AP 0.805
+(training/LOG.md).
 """
 
 ABLATION = replace(
@@ -172,10 +156,7 @@ ABLATION = replace(
     class_agnostic=True,
 )
 """A few minutes on two cores, what the ablations change one value of: to find objects is learned before classes.
-
-    make ablations
-
-Reaches AP 0.229 on 150 validation pictures (training/ARTICLE.md).
+`make ablations`: AP 0.229 on 150 validation pictures (training/ARTICLE.md).
 """
 
 PRESETS: Mapping[str, TrainConfig] = {

@@ -206,18 +206,10 @@ class TrainingRun:
 
 
 def _log_scale(config: TrainConfig, ranks: Ranks) -> None:
-    optimiser = config.optimiser
-    log.info(
-        "learning rate %g = %g for %d images a step x %d / %d; %d process(es), %s, %d part(s) a step",
-        peak_learning_rate(optimiser, config.batch_size),
-        optimiser.learning_rate,
-        optimiser.reference_batch_size,
-        config.batch_size,
-        optimiser.reference_batch_size,
-        ranks.size,
-        config.precision,
-        config.accumulate_steps,
-    )
+    peak, reference = peak_learning_rate(config.optimiser, config.batch_size), config.optimiser.reference_batch_size
+    scale = peak, config.optimiser.learning_rate, reference, config.batch_size, reference
+    log.info("learning rate %g = %g for %d images a step x %d / %d", *scale)
+    log.info("%d process(es), %s, %d part(s) a step", ranks.size, config.precision, config.accumulate_steps)
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

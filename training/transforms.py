@@ -173,12 +173,7 @@ def _resized_window(
     """The window (height, width) at `corner` (top, left) of the picture at size `resized`, without making the rest."""
     scale_y, scale_x = (new / old for new, old in zip(resized, pixels.shape[:2], strict=True))
     # pixel centres: x_resized = (x + 0.5) * scale - 0.5 - left
-    matrix = np.array(
-        [
-            [scale_x, 0, 0.5 * scale_x - 0.5 - corner[1]],
-            [0, scale_y, 0.5 * scale_y - 0.5 - corner[0]],
-        ]
-    )
+    matrix = np.array([[scale_x, 0, 0.5 * scale_x - 0.5 - corner[1]], [0, scale_y, 0.5 * scale_y - 0.5 - corner[0]]])
     size = (window[1], window[0])
     warped = cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     window_pixels: Pixels = warped

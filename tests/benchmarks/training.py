@@ -150,13 +150,8 @@ def their_batches(setting: Setting) -> Iterator[Any]:
     """The pictures of our steps."""
     training_set = setting.training_set
     config = setting.config
-    steps = schedule(
-        [picture.size for picture in training_set.pictures],
-        config.augment,
-        num_images=config.batch_size,
-        group_by_aspect=config.group_by_aspect,
-        seed=config.seed,
-    )
+    sizes = [picture.size for picture in training_set.pictures]
+    steps = schedule(sizes, config.augment, config.batch_size, config.seed, group_by_aspect=config.group_by_aspect)
     loader = DataLoader(
         TheirSamples(training_set),
         batch_sampler=([key.index for key in step] for step in steps),

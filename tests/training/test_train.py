@@ -266,7 +266,7 @@ def test_samples_do_not_depend_on_the_step_a_run_starts_at(data: Path) -> None:
 
 
 def test_every_picture_comes_once_an_epoch() -> None:
-    steps = schedule([(64, 80)] * 10, TINY.augment, num_images=4, group_by_aspect=False, seed=0)
+    steps = schedule([(64, 80)] * 10, TINY.augment, 4, seed=0, group_by_aspect=False)
     keys = [key for _ in range(5) for key in next(steps)]
     assert sorted(key.index for key in keys if key.epoch == 0) == list(range(10))
     assert sorted(key.index for key in keys if key.epoch == 1) == list(range(10))
@@ -274,7 +274,7 @@ def test_every_picture_comes_once_an_epoch() -> None:
 
 def test_grouped_by_aspect_a_step_has_upright_or_lying_pictures_and_every_picture_comes() -> None:
     sizes = [(90, 60) if index % 3 == 0 else (60, 90) for index in range(12)]
-    steps = schedule(sizes, TINY.augment, num_images=4, group_by_aspect=True, seed=0)
+    steps = schedule(sizes, TINY.augment, 4, seed=0, group_by_aspect=True)
     keys = [next(steps) for _ in range(30)]
     for step in keys:
         assert len({sizes[key.index][0] > sizes[key.index][1] for key in step}) == 1

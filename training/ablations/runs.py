@@ -27,6 +27,7 @@ from training.coco import CocoDataSet, load_coco
 from training.config import TrainConfig, override
 from training.evaluate import ApReport, Predictor, choose_device, evaluate, open_predictor
 from training.presets import PRESETS, PROPOSAL_LOSS, PROPOSALS
+from training.report.page import read_metrics
 from training.stopping import TrainingDiverged
 from training.train import train
 
@@ -145,7 +146,7 @@ def run_ablations(
 ) -> list[Result]:
     """Run the ablations of these names (none: all) that have no result yet, and return all results there are.
 
-    ValueError: a name is no ablation's, a ablation's model was not trained, or results in `out` are of other settings.
+    ValueError: a name is no ablation's, a model was not trained, or results in `out` are of other settings.
     """
     unknown = set(names) - {ablation.name for ablation in ABLATIONS}
     if unknown:
@@ -173,67 +174,58 @@ class _Runner:
     commit: str
 
     def run(self, ablation: Ablation) -> None:
-        done = {result.name: result for result in read_results(self.out)}
+        done = {result.name: result.steps for result in read_results(self.out)}
         config = ablation.config(self.steps)
         if ablation.name not in done:
-            result = self._evaluated(ablation) if ablation.model_of else self._trained(ablation, config)
+            log.info("%s: %s", ablation.name, ablation.change)
+            result = self._result(ablation, config)
             append_result(self.out, result)
             log.info("%s: %s, %.1f minutes", ablation.name, result.failure or _ap(result), result.minutes)
-        elif done[ablation.name].steps != config.steps:
+        elif (steps := done[ablation.name]) != config.steps:
             raise ValueError(
-                f"{self.out} has {ablation.name} after {done[ablation.name].steps} steps, not {config.steps}: "
-                f"use another --out"
+                f"{self.out} has {ablation.name} after {steps} steps, not {config.steps}: use another --out"
             )
 
-    def _trained(self, ablation: Ablation, config: TrainConfig) -> Result:
+    def _result(self, ablation: Ablation, config: TrainConfig) -> Result:
         started = time.perf_counter()
-        log.info("%s: %s", ablation.name, ablation.change)
-        report, failure = None, ""
+        report, seconds, failure = None, 0.0, ""
         try:
-            report = train(
-                config,
-                self.training_set,
-                self.validation_set,
-                self.out / ablation.name,
-                device=choose_device(self.device),
-                workers=self.workers,
-                resume=True,
-                notes={"command": f"python -m training ablations --only {ablation.name}", "commit": self.commit},
-            )
+            if not ablation.model_of:
+                report = self._train(ablation, config)
+            predictor = self._predictor(ablation)
+            report = report or evaluate(predictor, self.validation_set)
+            seconds = median_seconds(predictor, self.validation_set)
         except TrainingDiverged as error:
             failure = str(error)
-        seconds = 0.0 if report is None else median_seconds(self._predictor(ablation.name), self.validation_set)
-        return self._result(ablation, config.steps, failure, report, seconds, started)
-
-    def _evaluated(self, ablation: Ablation) -> Result:
-        started = time.perf_counter()
-        if not (self.out / ablation.model_of / "best.pt").exists():
-            raise ValueError(f"ablation {ablation.name} needs the model of {ablation.model_of}: run that first")
-        predictor = replace(self._predictor(ablation.model_of), scales=ablation.scales)
-        report = evaluate(predictor, self.validation_set)
-        seconds = median_seconds(predictor, self.validation_set)
-        return self._result(ablation, ablation.config(self.steps).steps, "", report, seconds, started)
-
-    def _predictor(self, name: str) -> Predictor:
-        return open_predictor(self.out / name / "best.pt", self.device)
-
-    def _result(
-        self, ablation: Ablation, steps: int, failure: str, report: ApReport | None, seconds: float, started: float
-    ) -> Result:
-        minutes = (time.perf_counter() - started) / 60
-        figures = {} if report is None else {name: figure(report) for name, figure in FIGURES.items()}
-        num_pictures = 0 if report is None else report.num_images
         return Result(
-            ablation.name,
-            steps,
-            failure,
-            figures,
-            num_pictures,
-            seconds,
-            minutes,
-            machine(choose_device(self.device)),
-            self.commit,
+            name=ablation.name,
+            steps=config.steps,
+            failure=failure,
+            figures={} if report is None else {name: figure(report) for name, figure in FIGURES.items()},
+            num_pictures=0 if report is None else report.num_images,
+            seconds_per_picture=seconds,
+            minutes=(time.perf_counter() - started) / 60,
+            machine=machine(choose_device(self.device)),
+            commit=self.commit,
         )
+
+    def _train(self, ablation: Ablation, config: TrainConfig) -> ApReport:
+        return train(
+            config,
+            self.training_set,
+            self.validation_set,
+            self.out / ablation.name,
+            device=choose_device(self.device),
+            workers=self.workers,
+            resume=True,
+            notes={"command": f"python -m training ablations --only {ablation.name}", "commit": self.commit},
+        )
+
+    def _predictor(self, ablation: Ablation) -> Predictor:
+        file = self.out / (ablation.model_of or ablation.name) / "best.pt"
+        if not file.exists():
+            raise ValueError(f"ablation {ablation.name} needs the model of {ablation.model_of}: run that first")
+        return replace(open_predictor(file, self.device), scales=ablation.scales)
 
 
 def median_seconds(predictor: Predictor, data_set: CocoDataSet) -> float:
@@ -276,10 +268,8 @@ def read_results(out: Path) -> list[Result]:
 
 def read_losses(out: Path, name: str) -> Sequence[tuple[int, float]]:
     """(step, classification loss + box loss) of a ablation's run, as far as it was logged."""
-    file = out / name / "metrics.jsonl"
-    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    losses = {e["step"]: e["classification_loss"] + e["box_loss"] for e in entries if "box_loss" in e}
-    return sorted(losses.items())  # a resumed run logs some steps twice
+    entries = read_metrics(out / name / "metrics.jsonl")
+    return [(e["step"], e["classification_loss"] + e["box_loss"]) for e in entries if "box_loss" in e]
 
 
 def _ap(result: Result) -> str:

@@ -6,7 +6,7 @@ same.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -78,7 +78,9 @@ def validate(
     Every rank looks at a share of them and gets the whole result.
     """
     detector = CandidateDetector(network, labels).to(next(network.parameters()).device).eval()
-    collector = _Collector(network, labels, data_set, config.resize, config.loss, limit)
+    count = min(len(data_set), limit or len(data_set))
+    shown = frozenset(np.linspace(0, count - 1, SHOWN_PICTURES).astype(int).tolist())
+    collector = _Collector(network, labels, data_set, config.resize, config.loss, shown)
     report = evaluate(
         torch_predictor(detector, labels, config.resize, config.detection, on_outputs=collector.take_outputs),
         data_set,
@@ -91,47 +93,36 @@ def validate(
     return Validation(report, ranks.gather(collector.losses), pictures)
 
 
+@dataclass
 class _Collector:
-    """The losses of all pictures of this rank, and SHOWN_PICTURES of all pictures."""
+    """The losses of all pictures of this rank, and those of its pictures that are to be shown."""
 
-    def __init__(
-        self,
-        network: RetinaNet,
-        labels: Sequence[Label],
-        data_set: CocoDataSet,
-        resize: ResizePolicy,
-        loss: LossConfig,
-        limit: int,
-    ) -> None:
-        self._network, self._data_set, self._resize, self._loss = network, data_set, resize, loss
-        self._columns = np.array([labels.index(label) for label in data_set.labels])
-        self._ids = np.array([label.class_id for label in data_set.labels])
-        count = min(len(data_set), limit or len(data_set))
-        self._shown = set(np.linspace(0, count - 1, SHOWN_PICTURES).astype(int).tolist())
-        self.losses: list[PictureLosses] = []
-        self.pictures: list[ShownPicture] = []
+    network: RetinaNet
+    labels: Sequence[Label]
+    data_set: CocoDataSet
+    resize: ResizePolicy
+    loss: LossConfig
+    shown: frozenset[int]
+    losses: list[PictureLosses] = field(default_factory=list)
+    pictures: list[ShownPicture] = field(default_factory=list)
 
     def take_outputs(self, outputs: LevelOutputs, canvas: CanvasImage) -> None:
         """Keep the network's answer for the picture that is told of next."""
         self._outputs, self._canvas = outputs, canvas
 
     def take_picture(self, index: int, pixels: Pixels, detections: Detections) -> None:
-        picture = self._data_set.pictures[index]
-        self.losses.append(self._losses_of(picture.target.on_canvas(picture.size, self._resize)))
-        if index in self._shown:
-            ids = self._ids[picture.target.columns]
+        picture, labels = self.data_set.pictures[index], self.data_set.labels
+        target = picture.target.on_canvas(picture.size, self.resize)
+        columns = np.array([self.labels.index(label) for label in labels])[target.columns]
+        self.losses.append(self._losses_of(TensorTarget.of(replace(target, columns=columns))))
+        if index in self.shown:
+            ids = np.array([label.class_id for label in labels])[target.columns]
             self.pictures.append(ShownPicture(index, picture.file.name, pixels, picture.target, ids, detections))
 
     @torch.inference_mode()
-    def _losses_of(self, target: Target) -> PictureLosses:
-        """`target`: canvas pixels, the data set's columns."""
-        anchors = self._network.anchors_of(self._canvas.canvas_size)
-        columns = self._columns[target.columns]
-        losses = retinanet_losses(
-            self._network.flatten(self._outputs),
-            anchors,
-            [TensorTarget.of(Target(target.boxes, columns, target.ignored)).to(anchors.device, anchors.dtype)],
-            self._loss,
-            sizes=[self._canvas.size],
-        )
+    def _losses_of(self, target: TensorTarget) -> PictureLosses:
+        """`target`: canvas pixels, the network's columns."""
+        anchors, predictions = self.network.anchors_of(self._canvas.canvas_size), self.network.flatten(self._outputs)
+        target = target.to(anchors.device, anchors.dtype)
+        losses = retinanet_losses(predictions, anchors, [target], self.loss, sizes=[self._canvas.size])
         return PictureLosses(losses.classification.item(), losses.box.item())
