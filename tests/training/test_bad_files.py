@@ -142,7 +142,7 @@ def test_evaluating_a_bad_onnx_file_is_refused(tmp_path: Path, capfd: pytest.Cap
     onnx.save(model, bad)
     assert "carries no retinaserve metadata" in refusal(["evaluate", "--data", data, "--model", bad], capfd)
     bad.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
-    assert "bad.onnx cannot be loaded" in refusal(["evaluate", "--data", data, "--model", bad], capfd)
+    assert "bad.onnx is no ONNX file, or a damaged one" in refusal(["evaluate", "--data", data, "--model", bad], capfd)
     onnx.save(onnx.load(good), bad, save_as_external_data=True, size_threshold=0, location="bad.data")
     assert "external data" in refusal(["evaluate", "--data", data, "--model", bad], capfd)
 
