@@ -1,22 +1,22 @@
 """Request bodies → the encoded images in them. Every byte is counted before it is kept.
 
-Three forms: the raw bytes of one image, multipart/form-data with file fields `image`, JSON {"image": "<base64>"}. A
+Three forms: the raw bytes of one image, multipart/form-data with file fields, JSON {"image": "<base64>"}. A
 body is refused while it arrives: by its Content-Length, by what has come of it, by the total of all bodies being
 received, by its deadline. Multipart is parsed as it arrives, in memory: nothing is spooled to disk.
 """
 
 import asyncio
-import base64
-import binascii
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 
+from service.api.encodings import TRANSFER_ENCODINGS, decode_base64
+from service.api.multipart import MultipartParser
 from service.core.refusals import Refusal
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -24,6 +24,11 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 FIELD = "image"
 OVERHEAD_BYTES = 64 * 1024
 """What a form may add to its images: boundaries and part headers."""
+PLAIN = frozenset({"", "7bit", "8bit", "binary"})
+"""Transfer encodings that change nothing."""
+_FILE_NAME = re.compile(rb";\s*filename[*0-9]*\s*=", re.IGNORECASE)
+ENCODED = 1.4
+"""Bytes that text may take for each byte of an image: 4/3 for base64, and line breaks."""
 PARAMETERS_HINT = "parameters such as score_threshold go into the query"
 
 
@@ -56,6 +61,10 @@ class ClientGone(Exception):
 class Form(Protocol):
     """A body being parsed."""
 
+    @property
+    def takes_long(self) -> bool:
+        """`finish` is not for the event loop."""
+
     def feed(self, chunk: bytes) -> None: ...
 
     def finish(self) -> list[bytearray]: ...
@@ -66,6 +75,7 @@ class RawImage:
     """The body is the image."""
 
     body: bytearray = field(default_factory=bytearray)  # a list of one-byte chunks would take 40 times its size
+    takes_long: bool = False
 
     def feed(self, chunk: bytes) -> None:
         self.body += chunk
@@ -78,8 +88,9 @@ class RawImage:
 
 @dataclass
 class JsonImage(RawImage):
-    """{"image": "<base64>"}. `finish` takes long for a large body: not for the event loop."""
+    """{"image": "<base64>"}, in any of base64's dialects."""
 
+    takes_long: bool = True
     max_image_bytes: int = 0
 
     def finish(self) -> list[bytearray]:
@@ -92,84 +103,78 @@ class JsonImage(RawImage):
         if len(document) > 1:
             raise MalformedRequest(f"the body has keys besides {FIELD!r}; {PARAMETERS_HINT}")
         try:
-            image = bytearray(base64.b64decode(document[FIELD], validate=True))
-        except (binascii.Error, ValueError) as error:
+            image = decode_base64(document[FIELD].encode("utf-8", "replace"))
+        except ValueError as error:
             raise MalformedRequest(f"{FIELD!r} is not base64: {error}") from error
         _check_size(image, self.max_image_bytes)
         return [image]
 
 
 class MultipartImages:
-    """The parts named `image`, in order, parsed as they arrive."""
+    """The file parts, in order, parsed as they arrive: parts with a file name or a picture's type, or named `image`.
+
+    `finish` takes long where a part comes in a transfer encoding: not for the event loop.
+    """
 
     def __init__(self, boundary: bytes, *, max_images: int, max_image_bytes: int) -> None:
         self._max_images = max_images
         self._max_image_bytes = max_image_bytes
         self._images: list[bytearray] = []
-        self._header_name = b""
-        self._header_value = b""
-        self._disposition = b""
-        self._ended = False
+        self._encodings: list[str] = []
         try:
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._on_part_begin,
-                    "on_header_field": self._on_header_field,
-                    "on_header_value": self._on_header_value,
-                    "on_header_end": self._on_header_end,
-                    "on_headers_finished": self._on_headers_finished,
-                    "on_part_data": self._on_part_data,
-                    "on_end": self._on_end,
-                },
-            )
-        except FormParserError as error:
+            self._parser = MultipartParser(boundary)
+        except ValueError as error:
             raise MalformedRequest(f"the multipart boundary is not valid: {error}") from error
+
+    @property
+    def takes_long(self) -> bool:
+        return not PLAIN.issuperset(self._encodings)
 
     def feed(self, chunk: bytes) -> None:
         try:
-            self._parser.write(chunk)
-        except FormParserError as error:
+            for event in self._parser.feed(chunk):
+                if isinstance(event, bytes):
+                    self._add(event)
+                else:
+                    self._begin_part(event)
+        except ValueError as error:
             raise MalformedRequest(f"the multipart body is malformed: {error}") from error
 
     def finish(self) -> list[bytearray]:
-        if not self._ended:
+        if not self._parser.ended:
             raise MalformedRequest("the multipart body ends before its last boundary")
         if not self._images:
-            raise MalformedRequest(f"the form has no file field {FIELD!r}")
-        images, self._images = self._images, []  # parser and callbacks are a cycle, which shall not keep them
-        return images
+            raise MalformedRequest("the form has no file field")
+        return [self._decode(image, encoding) for image, encoding in zip(self._images, self._encodings, strict=True)]
 
-    def _on_part_begin(self) -> None:
-        self._disposition = b""
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header_name += data[start:end]
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._header_value += data[start:end]
-
-    def _on_header_end(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
-            self._disposition = self._header_value
-        self._header_name = self._header_value = b""
-
-    def _on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
+    def _begin_part(self, headers: Mapping[bytes, bytes]) -> None:
+        disposition = headers.get(b"content-disposition", b"")
+        _, options = parse_options_header(disposition)
         name = options.get(b"name", b"").decode("latin-1")
-        if name != FIELD:
-            raise MalformedRequest(f"the form has a field {name!r}; only {FIELD!r} is read, and {PARAMETERS_HINT}")
+        is_file = _FILE_NAME.search(disposition) is not None or name == FIELD
+        if not is_file and not headers.get(b"content-type", b"").lower().startswith(b"image/"):
+            raise MalformedRequest(f"the form has a field {name!r}, which is no file; {PARAMETERS_HINT}")
         if len(self._images) == self._max_images:
-            raise MalformedRequest(f"the form has more than {self._max_images} field(s) {FIELD!r}")
+            raise MalformedRequest(f"the form has more than {self._max_images} file(s)")
+        encoding = headers.get(b"content-transfer-encoding", b"").decode("latin-1").lower()
+        if encoding not in TRANSFER_ENCODINGS:
+            raise UnsupportedMediaType(f"Content-Transfer-Encoding {encoding!r} is not read: send the image as it is")
         self._images.append(bytearray())
+        self._encodings.append(encoding)
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def _add(self, data: bytes) -> None:
         image = self._images[-1]
-        image += data[start:end]
-        _check_size(image, self._max_image_bytes)
+        image += data
+        if self._encodings[-1] in PLAIN:
+            _check_size(image, self._max_image_bytes)
 
-    def _on_end(self) -> None:
-        self._ended = True
+    def _decode(self, image: bytearray, encoding: str) -> bytearray:
+        try:
+            decoded = TRANSFER_ENCODINGS[encoding](image)
+        except ValueError as error:
+            raise MalformedRequest(f"a part is not {encoding}: {error}") from error
+        _check_size(decoded, self._max_image_bytes)
+        return decoded
 
 
 class Uploads:
@@ -196,26 +201,30 @@ class Uploads:
                 size = await self._feed(form, receive, max_body_bytes)
         except TimeoutError as error:
             raise UploadTimeout(f"the body did not arrive within {self._timeout_seconds:g} s") from error
-        if isinstance(form, JsonImage):
+        if form.takes_long:
             return await asyncio.to_thread(form.finish), size
         return form.finish(), size
 
     def _form(self, headers: Headers, max_images: int) -> tuple[Form, int]:
         """The parser of this Content-Type, and how many bytes it may get."""
-        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+        encoding = headers.get("content-encoding", "")
+        if {coding.strip().lower() for coding in encoding.split(",")} - {"", "identity"}:
             raise UnsupportedMediaType(f"Content-Encoding {encoding!r} is not read: send the image as it is")
         media_type, options = parse_options_header(headers.get("content-type", ""))
         if media_type == b"multipart/form-data":
             if not options.get(b"boundary"):
                 raise MalformedRequest("the multipart Content-Type has no boundary")
             form = MultipartImages(options[b"boundary"], max_images=max_images, max_image_bytes=self._max_image_bytes)
-            return form, min(max_images * self._max_image_bytes, self._max_bytes_in_flight) + OVERHEAD_BYTES
+            most = int(max_images * self._max_image_bytes * ENCODED)
+            return form, min(most, self._max_bytes_in_flight) + OVERHEAD_BYTES
         if max_images > 1:
             raise UnsupportedMediaType(_expected(media_type, "multipart/form-data"))
-        if media_type.startswith(b"image/") or media_type == b"application/octet-stream":
+        if media_type.startswith(b"image/") or media_type in (b"", b"application/octet-stream"):
             return RawImage(), self._max_image_bytes
         if media_type == b"application/json":
-            return JsonImage(max_image_bytes=self._max_image_bytes), self._max_image_bytes * 4 // 3 + OVERHEAD_BYTES
+            return JsonImage(max_image_bytes=self._max_image_bytes), int(
+                self._max_image_bytes * ENCODED
+            ) + OVERHEAD_BYTES
         hint = "image/*, application/octet-stream, multipart/form-data or application/json"
         if media_type == b"application/x-www-form-urlencoded":
             hint += "; with curl: -H 'Content-Type: image/jpeg' --data-binary @FILE, or -F image=@FILE"
