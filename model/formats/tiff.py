@@ -41,6 +41,8 @@ from model.types import Pixels
 TiffImagePlugin.READ_LIBTIFF = True
 
 MAX_SAMPLES = 16
+MAX_PIXEL_BYTES = 8
+"""Of the largest picture in a single strip: 16-bit RGB with alpha. A strip is decompressed as a whole."""
 CHUNK_SAMPLES = 1 << 22
 """So many samples become RGB at once."""
 
@@ -71,6 +73,9 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
     layout, grid = _layout(file, directory), Grid.of(directory, width, height)
     if grid.pixels > 2 * max_pixels:
         raise TooManyPixels(f"the TIFF has tiles of {grid.pixels:,} pixels; at most {2 * max_pixels:,} are allowed")
+    at_once = layout.row_bytes(grid.width) * grid.columns * grid.height
+    if at_once > MAX_PIXEL_BYTES * max_pixels:
+        raise TooManyPixels(f"the TIFF's strips have {at_once:,} bytes; send the picture in smaller strips")
     compression = directory.get(COMPRESSION, 1)
     if compression in BYTES_COMPRESSIONS and layout.photometric not in (YCBCR, LAB):
         pixels = _read_samples(file, directory, grid, layout)

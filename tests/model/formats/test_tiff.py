@@ -315,6 +315,14 @@ def test_the_blocks_count_not_only_the_picture() -> None:
         decode_image(by_hand(tags, blocks=bytes(64)))
 
 
+def test_a_strip_of_many_samples_counts_by_its_bytes() -> None:
+    tags = grey(60, 80, 8) | {258: (16,) * 16, 277: 16, 262: 2, 279: 60 * 80 * 32}
+    data = by_hand(tags, blocks=bytes(60 * 80 * 32))
+    assert decode_image(data).shape == (80, 60, 3)
+    with pytest.raises(TooManyPixels, match="smaller strips"):
+        decode_image(data, max_pixels=60 * 80)
+
+
 def test_strips_that_share_their_bytes_are_not_copied_without_end() -> None:
     tags = grey(4000, 4000, 8) | {259: 8, 278: 1, 273: (8,) * 4000, 279: (1_000_000,) * 4000}
     with pytest.raises(InvalidImage, match="overlap"):
