@@ -4,61 +4,91 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from model.runtime.session import has_cuda_build
+from model.types import Detections
+from tests.benchmarks.gpu.__main__ import SECTIONS
+from tests.benchmarks.gpu.agreement import EXACT, matched
+from tests.benchmarks.gpu.report import Report, lines, markdown
 
 COMMAND = [sys.executable, "-m", "tests.benchmarks.gpu"]
-QUICK = ["--device", "cpu", "--quick"]
 
 
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
-
-
-def content(folder: Path, section: str) -> dict[str, Any]:
-    return json.loads((folder / f"{section}.json").read_text())
+def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [*COMMAND, "--out", str(folder / "gpu.jsonl"), "--models", str(folder / "models"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1500)
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
-    finished = run(*QUICK, "--out", str(tmp_path), "--minutes", "18")
+    finished = run(tmp_path, "--device", "cpu", "--quick")
     assert finished.returncode == 0, finished.stdout
     assert "failed" not in finished.stdout
-    # 2 canvases, 2 precisions, 2 batches; and no number is missing for want of another section
-    speed = content(tmp_path, "speed")
-    assert [len(row) for row in speed["rows"]] == [7] * 8
-    assert all(row[6].endswith("%") for row in speed["rows"])
-    assert "CUDAExecutionProvider runs: nothing" in speed["notes"]
-    assert [row[1] for row in content(tmp_path, "torch")["rows"]] == ["torch eager", "torch compiled"] * 2
-    assert len(content(tmp_path, "options")["rows"]) == 8
-    assert [row[1] for row in content(tmp_path, "stages")["rows"]][:2] == [
-        "network", "top-k, with the maxima before and the gathers between",
-    ]  # fmt: skip
-    bare, served = content(tmp_path, "service")["rows"]
-    assert bare[1] > 0 and float(served[4]) > 0
+    report = Report(tmp_path / "gpu.jsonl", "")
+    assert all(report.tables(name) for name in SECTIONS)
+    [agreement] = report.tables("agree")
+    assert [row["verdict"] for row in agreement] == ["agrees"] * 4, "three files, and the service"
+    [made] = report.tables("models")
+    assert [row["of them with a bias"] for row in made] == [row["convolutions"] for row in made]
+    _, beside = report.tables("torch")
+    assert all(row["largest score difference"] < 1e-3 for row in beside), "the same weights"
 
 
 @pytest.mark.slow
-def test_a_section_that_fails_or_has_no_time_left_is_told_and_the_next_one_runs(tmp_path: Path) -> None:
-    finished = run(*QUICK, "--out", str(tmp_path), "--sections", "graph,options,published")
+def test_a_section_that_fails_is_told_and_the_next_one_runs(tmp_path: Path) -> None:
+    finished = run(tmp_path, "--device", "cpu", "--quick", "--sections", "graph,selection,published")
     assert finished.returncode == 1
-    assert "fp32.onnx" in content(tmp_path, "options")["failure"], "the file that it lacks"
-    assert len(content(tmp_path, "published")["rows"]) == 3
-    finished = run(*QUICK, "--out", str(tmp_path), "--sections", "published", "--minutes", "0")
-    assert finished.returncode == 1
-    assert content(tmp_path, "published")["failure"] == "not run: the time was up"
+    written = list(lines(tmp_path / "gpu.jsonl"))
+    assert [line["section"] for line in written if "failure" in line] == ["selection"], "it lacks a file"
+    assert "failed: FileNotFoundError" in next(str(line["row"]) for line in written if "row" in line)
+    assert len(Report(tmp_path / "gpu.jsonl", "").tables("published")[0]) == 4
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available() and has_cuda_build(), reason="there is a GPU")
+@pytest.mark.skipif(has_cuda_build(), reason="there may be a GPU")
 def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
-    finished = run("--out", str(tmp_path))
+    finished = run(tmp_path)
     assert finished.returncode == 2
     assert finished.stdout == ""
     assert [line.startswith("no GPU to measure: ") for line in finished.stderr.splitlines()] == [True]
     assert not list(tmp_path.iterdir())
+
+
+def test_results_are_on_the_disk_at_once_and_become_tables(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    report = Report(path, "options")
+    report.table("batch", "ms")
+    report.add(1, 2.5)
+    report.attempt([8], lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert [json.loads(line)["section"] for line in path.read_text().splitlines()] == ["options"] * 3
+    report.end(3.21, "stopped: the time was up")
+    assert "\n".join(markdown(lines(path))).splitlines() == [
+        "", "## options", "", "| batch | ms |", "|---|---|", "| 1 | 2.5 |",
+        "| 8 | failed: ZeroDivisionError: division by zero |", "", "**stopped: the time was up**, after 3.2 s",
+    ]  # fmt: skip
+    assert report.tables("options") == [[{"batch": 1, "ms": 2.5}, {"batch": 8, "ms": "failed: ZeroDivisionError: "
+                                                                                    "division by zero"}]]  # fmt: skip
+
+
+def detections(*rows: tuple[float, float, int]) -> Detections:
+    """Squares of side 10 at (x, 0): of each its x, score and label."""
+    corners = [[x, 0, x + 10, 10] for x, _, _ in rows]
+    scores, labels = ([row[column] for row in rows] for column in (1, 2))
+    return Detections(
+        np.array(corners, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(labels, np.int64)
+    )
+
+
+def test_a_detection_is_matched_by_label_box_and_score_together() -> None:
+    wanted = detections((0, 0.9, 1), (50, 0.8, 2), (90, 0.7, 1), (120, 0.0505, 1))
+    found = detections((50, 0.8, 1), (90.03, 0.7004, 1), (0.01, 0.9, 1))
+    distances = matched(wanted, found, EXACT)
+    assert distances.shape == (3, 2), "what scores near the threshold is left out"
+    assert distances[0] == pytest.approx([0, 0.01], abs=1e-5)
+    assert distances[1].tolist() == [np.inf, np.inf], "another label does not count"
+    assert distances[2] == pytest.approx([4e-4, 0.03], abs=1e-5)
+    assert np.isinf(matched(wanted, detections(), EXACT)).all()
