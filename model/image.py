@@ -77,6 +77,11 @@ def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
+def canvas_size(height: int, width: int, policy: ResizePolicy) -> tuple[int, int]:
+    """The canvas of a picture of this size."""
+    return padded_size(*resized_size(height, width, policy), policy.divisor)
+
+
 def to_canvas(image: Pixels, policy: ResizePolicy) -> CanvasImage:
     """Resize and pad with zeros at the bottom and right to multiples of `policy.divisor`.
 

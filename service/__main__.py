@@ -29,6 +29,7 @@ from service.api.connections import DeadlineProtocol
 from service.api.service import Service
 from service.api.uploads import Uploads
 from service.config import PROGRAM, Settings, parse_settings
+from service.core.decoders import Decoders
 from service.core.engine import Engine
 from service.core.store import ModelStore
 from service.gpu import sample_gpus
@@ -93,6 +94,7 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop, number)
         self._loop.add_signal_handler(signal.SIGHUP, self._service.store.ask_reload)
+        self._service.engine.decoders.start()
         self._service.engine.start()
         self._service.store.start(self._model_failed, self._model_loaded)
         scheme = "https" if self._settings.ssl_certfile else "http"
@@ -105,6 +107,7 @@ class Lifecycle:
             await self._server.serve([self._listening])
         self._service.store.close()
         stuck = not self._service.engine.close()
+        self._service.engine.decoders.close()
         if stuck:
             logger.error("the device is stuck in an inference: leaving it behind")
         if self._failure is not None:
@@ -136,9 +139,20 @@ class Lifecycle:
         gc.freeze()
 
 
-def build_service(settings: Settings, open_detector: Callable[[Path], Detector] | None = None) -> Service:
-    """Make the parts of the service and start none; without an opener, models are opened as the settings say."""
+def build_service(
+    settings: Settings,
+    open_detector: Callable[[Path], Detector] | None = None,
+    decoders: Decoders | None = None,
+) -> Service:
+    """Make the parts of the service and start none. What is not given is made as the settings say."""
     metrics = Metrics()
+    decode_threads = settings.decode_threads or available_cores()
+    decoders = decoders or Decoders(
+        decode_threads,
+        max_pixels=settings.max_image_pixels,
+        on_kill=lambda reason: metrics.decoder_kills.labels(reason).inc(),
+    )
+    metrics.decoder_processes.set_function(lambda: decoders.num_processes)
     default_opener = functools.partial(
         Detector,
         device=settings.device,
@@ -156,11 +170,12 @@ def build_service(settings: Settings, open_detector: Callable[[Path], Detector] 
     )
     engine = Engine(
         store,
+        decoders,
         metrics,
         queue_capacity=settings.queue_capacity,
         max_batch_delay_seconds=settings.max_batch_delay_seconds,
         runs_at_once=settings.runs_at_once or RUNS_AT_ONCE,
-        decode_threads=settings.decode_threads or available_cores(),
+        decode_threads=decode_threads,
         max_image_pixels=settings.max_image_pixels,
     )
     uploads = Uploads(

@@ -30,6 +30,7 @@ Outcome = Literal[
     "ok", "invalid", "too_large", "unsupported", "overloaded", "timeout", "cancelled", "unavailable", "error"
 ]
 DEVICE_ERROR_KINDS = ("oom", "cuda", "other")
+KILL_REASONS = ("deadline", "cancelled", "died")
 RELOAD_OUTCOMES = ("success", "failure")
 OTHER_METHOD = "<other>"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", OTHER_METHOD)
@@ -117,6 +118,9 @@ class Metrics:
         self.model_reloads = counter("model_reloads_total", "Reloads of the model.", ["outcome"])
         self.device_errors = counter("device_errors_total", "Runs that failed.", ["kind"])
 
+        self.decoder_processes = gauge("decoder_processes", "Child processes that decode and draw.")
+        self.decoder_kills = counter("decoder_kills_total", "Decoders killed, or found dead.", ["reason"])
+
         self.http = HttpMetrics(registry)
         self._make_series()
 
@@ -126,6 +130,7 @@ class Metrics:
             (self.requests, get_args(Outcome)),
             (self.model_reloads, RELOAD_OUTCOMES),
             (self.device_errors, DEVICE_ERROR_KINDS),
+            (self.decoder_kills, KILL_REASONS),
         ):
             for value in values:
                 metric.labels(value)

@@ -28,6 +28,9 @@ MAX_STRAY_BYTES = 32
 """Behind the last scan. More of them are what is left of a scan in which the decoder lost its place, unless all are
 one value: padding, of any length."""
 
+MAX_SOON_PIXELS = 50_000_000
+"""Pixels times scans: half a second of one core for a sequential JPEG, a second for a progressive one."""
+
 SOI, EOI, SOS, DRI = 0xD8, 0xD9, 0xDA, 0xDD
 APP0, APP1, APP14 = 0xE0, 0xE1, 0xEE
 TABLES = (0xC4, 0xCC, 0xDB, DRI)  # Huffman, arithmetic, quantisation, restart interval
@@ -139,9 +142,12 @@ class Structure:
 def parse(data: bytes) -> Structure:
     """Walk the segments. Bytes that are none are skipped, as decoders do; a segment that is cut off ends the walk."""
     segments: list[Segment] = []
-    position, scans = 2, 0
+    position, scans, markers = 2, 0, 0
     while found := _MARKER.search(data, position):
         marker, position = found[0][1], found.end()
+        markers += 1
+        if scans > MAX_SCANS or markers > MAX_SEGMENTS:
+            raise InvalidImage(f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments")
         if marker in STANDALONE:
             continue
         if marker == EOI:
@@ -158,15 +164,31 @@ def parse(data: bytes) -> Structure:
             scan_end = after.start() if after else len(data)
         segments.append(Segment(marker, data[position + 2 : end], data[end:scan_end]))
         position = scan_end
-        if scans > MAX_SCANS or len(segments) > MAX_SEGMENTS:
-            raise InvalidImage(f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments")
     return Structure(segments, complete=False)
+
+
+def decodes_soon(data: bytes) -> bool:
+    """Whether this is a JPEG that a walk over its segments shows to be decoded, or refused, in about a second."""
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    try:
+        structure = parse(data)
+        height, width, components = _shape(structure.frame())
+    except InvalidImage:
+        return True
+    scans = sum(segment.marker == SOS for segment in structure.segments)
+    return components < 4 and height * width * scans <= MAX_SOON_PIXELS
+
+
+def _shape(frame: bytes) -> tuple[int, int, int]:
+    """Height, width, components."""
+    return int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
 
 
 def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
     structure = parse(data)
     frame = structure.frame()
-    height, width, components = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
+    height, width, components = _shape(frame)
     check_pixels(width, height, max_pixels)
     if frame[0] != 8:
         raise InvalidImage(f"a JPEG of {frame[0]} bits per sample is not read: send 8")

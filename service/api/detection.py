@@ -43,8 +43,7 @@ class Detection:
         if picture_format is None:
             [reply] = await self._replies(request, self._as_json(request), max_images=1)
         else:
-            max_pixels = self._service.settings.max_image_pixels
-            finish = partial(as_picture, max_pixels=max_pixels, picture_format=picture_format)
+            finish = partial(as_picture, decoders=self._service.engine.decoders, picture_format=picture_format)
             [reply] = await self._replies(request, finish, max_images=1, draws=True)
         if isinstance(reply, BaseException):
             raise reply

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from pydantic_core import to_json
 
-from model.image import decode_image
 from service.api.schemas import answer, timing_ms
-from service.core.job import Detected
-from service.drawing import PictureFormat, draw, encode_picture
+from service.core.decoders import Decoders
+from service.core.job import Detected, Job
+from service.drawing import PictureFormat
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,16 @@ class Reply:
     detected: Detected
 
 
-def as_json(detected: Detected, data: bytearray, *, request_id: str) -> Reply:
+def as_json(detected: Detected, job: Job, *, request_id: str) -> Reply:
     values = answer(detected, request_id)
     return Reply(to_json(values), "application/json", values["timing_ms"], detected)
 
 
-def as_picture(detected: Detected, data: bytearray, *, max_pixels: int, picture_format: PictureFormat) -> Reply:
-    """Decode `data` again: holding every upload's pixels for the few that want a drawing would cost more."""
+def as_picture(detected: Detected, job: Job, *, decoders: Decoders, picture_format: PictureFormat) -> Reply:
+    """Decode the picture again: holding every upload's pixels for the few that want a drawing would cost more."""
     timing = timing_ms(detected)
-    pixels = decode_image(bytes(data), max_pixels=max_pixels)
-    picture = draw(pixels, detected.detections, detected.model.label_names)
-    return Reply(encode_picture(picture, picture_format), f"image/{picture_format}", timing, detected)
+    picture = decoders.drawing(job, detected.detections, detected.model.label_names, picture_format)
+    return Reply(picture, f"image/{picture_format}", timing, detected)
 
 
 def picture_wanted(accept: str) -> PictureFormat | None:

@@ -9,9 +9,11 @@ full batch starts, since who comes before that run ends can still join any other
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from itertools import count, islice
+from math import inf
 
 from model.detector import Lane
 from model.types import Candidates
@@ -89,6 +91,8 @@ class Waiting:
     decode_threads: int
     """Workers that may decode or draw at once."""
     max_batch_delay_seconds: float = 0
+    max_decode_bytes: float = inf
+    """Memory of all that is decoded or drawn at once, unless a single picture takes more."""
     encoded: deque[Job] = field(default_factory=deque)
     ready: list[Part] = field(default_factory=list)
     """Parts to be run again come before all others."""
@@ -120,9 +124,9 @@ class Waiting:
         if isinstance(work, Run):
             self._begin_run(work)
         elif isinstance(work, Decode):
-            self.encoded.popleft()
+            self.encoded.remove(work.job)
         elif work.job.draws:
-            self.drawings.popleft()
+            self.drawings.remove(work.job)
         else:
             self.ran[0].popleft()
             if not self.ran[0]:
@@ -196,20 +200,35 @@ def _batches(waiting: Waiting) -> Iterator[list[Part]]:
 
 
 def _decode_or_draw(waiting: Waiting) -> Job | None:
-    decoding = sum(isinstance(work, Decode) for work in waiting.under_way)
-    drawing = sum(isinstance(work, Finish) and work.job.draws for work in waiting.under_way)
-    if decoding + drawing >= waiting.decode_threads:
+    """The oldest job that a decoder takes next; one decodes, or draws, a part of all memory that they may take."""
+    decoding = [work.job for work in waiting.under_way if isinstance(work, Decode)]
+    drawing = [work.job for work in waiting.under_way if isinstance(work, Finish) and work.job.draws]
+    if len(decoding) + len(drawing) >= waiting.decode_threads:
         return None
-    encoded = waiting.encoded[0] if waiting.encoded and _is_next(waiting, waiting.encoded[0], decoding) else None
-    drawn = waiting.drawings[0] if waiting.drawings else None
-    return min((job for job in (encoded, drawn) if job is not None), key=lambda job: job.turn, default=None)
+    encoded = _is_next(waiting, len(decoding))
+    due = merge(waiting.drawings, waiting.encoded if encoded else (), key=lambda job: job.turn)
+    return _first_that_fits(due, [job.decode_bytes for job in decoding + drawing], waiting.max_decode_bytes)
 
 
-def _is_next(waiting: Waiting, job: Job, decoding: int) -> bool:
-    """So few canvases are decoded, or being decoded, that the device takes this job's next."""
-    ahead = len(waiting.ready) + decoding
-    in_turn = TURNS_AHEAD * job.model.detector.lanes * job.model.max_batch_size + waiting.decode_threads
-    return not ahead or (ahead < in_turn and (ahead + 1) * job.model.canvas_bytes <= MAX_DECODED_BYTES)
+def _first_that_fits(due: Iterable[Job], held: Sequence[int], limit: float) -> Job | None:
+    """The first, unless memory is short. While one large picture holds most of it, smaller ones pass those that must
+    wait for it; else nobody passes, so that a large one gets its turn."""
+    large = max(held, default=0) > limit / 2
+    for job in due:
+        if not held or sum(held) + job.decode_bytes <= limit:
+            return job
+        if not large:
+            return None
+    return None
+
+
+def _is_next(waiting: Waiting, decoding: int) -> bool:
+    """So few canvases are decoded, or being decoded, that the device takes the next one's soon."""
+    if not waiting.encoded:
+        return False
+    model, ahead = waiting.encoded[0].model, len(waiting.ready) + decoding
+    in_turn = TURNS_AHEAD * model.detector.lanes * model.max_batch_size + waiting.decode_threads
+    return not ahead or (ahead < in_turn and (ahead + 1) * model.canvas_bytes <= MAX_DECODED_BYTES)
 
 
 def _order(part: Part) -> tuple[bool, int]:

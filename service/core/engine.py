@@ -12,12 +12,15 @@ import time
 from collections.abc import Sequence
 
 from model.detector import InferenceFailed
+from model.formats.jpeg import decodes_soon
 from model.image import decode_image, to_canvas, to_original
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
 from service.core.choice import Decode, End, Run, Work
+from service.core.decoders import Decoders
 from service.core.job import Detected, Finish, Job, Options, Part, Stopwatch
 from service.core.line import Line, QueueFull
+from service.core.memory import decode_bytes, decode_bytes_allowed
 from service.core.store import LoadedModel, ModelStore, NotReady
 from service.metrics import Metrics
 
@@ -32,6 +35,7 @@ class Engine:
     def __init__(
         self,
         store: ModelStore,
+        decoders: Decoders,
         metrics: Metrics,
         *,
         queue_capacity: int = 32,
@@ -41,8 +45,12 @@ class Engine:
         max_image_pixels: int = 50_000_000,
     ) -> None:
         self.line = Line(
-            capacity=queue_capacity, decode_threads=decode_threads, max_batch_delay_seconds=max_batch_delay_seconds
+            capacity=queue_capacity,
+            decode_threads=decode_threads,
+            max_batch_delay_seconds=max_batch_delay_seconds,
+            max_decode_bytes=decode_bytes_allowed(decode_threads),
         )
+        self.decoders = decoders
         self._store = store
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
@@ -80,8 +88,12 @@ class Engine:
         """
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + timeout_seconds
         jobs = [
-            Job(data, model, options, deadline, watch.copy(), finish, draws, loop.create_future()) for data in images
-        ]
+            Job(
+                data, model, options, deadline, watch.copy(), finish, draws, loop.create_future(),
+                decode_bytes=decode_bytes(data, self._max_image_pixels),
+            )
+            for data in images
+        ]  # fmt: skip
         self.line.admit(jobs, timeout_seconds)
         return jobs
 
@@ -109,14 +121,22 @@ class Engine:
         job = step.job
         job.watch.lap("queue")
         try:
-            image = decode_image(bytes(job.data), max_pixels=self._max_image_pixels)
-            job.watch.lap("decode")
-            step.parts = [Part(job, to_canvas(image, job.model.detector.metadata.resize))]
-            job.watch.lap("preprocess")
+            step.parts = [Part(job, self._canvas(job))]
         except Exception as error:  # a worker's boundary: whatever it is, the request is answered and its place freed
             step.error = error
         if not job.draws:
             job.data = bytearray()
+
+    def _canvas(self, job: Job) -> CanvasImage:
+        """Decode here what is sure to end soon, and all else in a child process."""
+        resize, data = job.model.detector.metadata.resize, bytes(job.data)
+        if not decodes_soon(data):
+            return self.decoders.canvas(job, resize)
+        image = decode_image(data, max_pixels=self._max_image_pixels)
+        job.watch.lap("decode")
+        canvas = to_canvas(image, resize)
+        job.watch.lap("preprocess")
+        return canvas
 
     def _run(self, step: Run) -> None:
         self._metrics.batch_size.observe(len(step.parts))
@@ -137,7 +157,7 @@ class Engine:
             detections = postprocess(part.candidates, part.canvas, job.options)
             job.watch.lap("postprocess")
             size = part.canvas.original_size
-            answer = job.finish(Detected(detections, size, job.model, job.watch), job.data)
+            answer = job.finish(Detected(detections, size, job.model, job.watch), job)
             job.watch.lap("encode")
         except Exception as error:  # a worker's boundary, as in _decode
             job.fail(error)

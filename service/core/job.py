@@ -64,8 +64,8 @@ class Detected:
     watch: Stopwatch
 
 
-Finish = Callable[[Detected, bytearray], Any]
-"""Makes the answer out of what was detected and, for a drawing, the encoded picture; its result is the future's."""
+Finish = Callable[[Detected, "Job"], Any]
+"""Makes the answer out of what was detected and, for a drawing, the job's picture; its result is the future's."""
 
 
 class State(Enum):
@@ -111,6 +111,8 @@ class Job:
     """Its answer takes as long as a decode: it is made where pictures are decoded, and its place lasts until then."""
     future: "asyncio.Future[Any]"
     num_canvases: int = 1
+    decode_bytes: int = 0
+    """The most memory that decoding or drawing it takes."""
 
     state: State = State.ENCODED
     turn: int = 0

@@ -65,6 +65,7 @@ class Line:
         capacity: int,
         decode_threads: int,
         max_batch_delay_seconds: float = 0,
+        max_decode_bytes: float = inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity = capacity
@@ -72,7 +73,7 @@ class Line:
         self._lock = threading.Lock()  # guards all that follows
         self._jobs: dict[Job, None] = {}  # those with a place
         self._first_deadline = inf  # none of them has an earlier one
-        self._waiting = Waiting(decode_threads, max_batch_delay_seconds)
+        self._waiting = Waiting(decode_threads, max_batch_delay_seconds, max_decode_bytes)
         self._seated: list[Seat] = []
         self._rate = DrainRate()
         self._lost: Exception | None = None  # why nobody is served any more

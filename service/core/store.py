@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.image import padded_size
 from model.metadata import InvalidModel
 from model.runtime.session import CPU
 from service.core.refusals import Refusal
@@ -50,10 +51,8 @@ class LoadedModel:
     def canvas_bytes(self) -> int:
         """The most that the canvas of one picture takes."""
         policy = self.detector.metadata.resize
-        shorter, longest = (
-            -(-side // policy.divisor) * policy.divisor for side in (policy.shorter_side, policy.longest_side)
-        )
-        return shorter * longest * 3
+        height, width = padded_size(policy.shorter_side, policy.longest_side, policy.divisor)
+        return height * width * 3
 
 
 class ModelStore:

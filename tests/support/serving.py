@@ -5,7 +5,9 @@ with serving(FakeDetector(seconds=0.2), queue_capacity=4) as server: ...
 """
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import io
 import json
 import os
@@ -30,6 +32,7 @@ from service.api.errors import PROBLEM_TYPES
 from service.api.schemas import Problem
 from service.api.service import Service
 from service.config import Settings
+from service.core.decoders import Decoders
 from tests.support.tiny_model import write_tiny_model
 
 START_SECONDS = 30
@@ -133,11 +136,21 @@ class Serving:
         wait_until(condition)
 
 
+@functools.cache
+def decoders() -> Decoders:
+    """Those of all services in this process: to start some takes half a second."""
+    shared = Decoders(2)
+    shared.start()
+    atexit.register(shared.close)
+    return shared
+
+
 @contextlib.contextmanager
 def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[Serving]:
     """uvicorn on a free port of this process, around a detector of yours."""
     given = {"model": Path("fake.onnx"), "model_poll_seconds": 0, "runs_at_once": 1, "decode_threads": 2} | settings
-    service = build_service(Settings(**given), lambda path: detector)  # type: ignore[arg-type, return-value]
+    settings_ = Settings(**given)  # type: ignore[arg-type]
+    service = build_service(settings_, lambda path: detector, decoders())  # type: ignore[arg-type, return-value]
     service.store.load()
     service.engine.start()
     config = uvicorn_config(service)

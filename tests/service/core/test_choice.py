@@ -49,6 +49,8 @@ class Scene:
         self.m.__dict__["canvas_bytes"] = self.n.__dict__["canvas_bytes"] = 1000
         self.waiting = Waiting(decode_threads, delay)
         self.jobs: dict[str, Job] = {}
+        self.bytes: dict[str, int] = {}
+        """What decoding takes, if not 10."""
 
     def encoded(self, names: str, of: LoadedModel | None = None) -> "Scene":
         for name in names:
@@ -112,6 +114,7 @@ class Scene:
         )
         if state is not State.ENCODED:
             job.turn = next(self.waiting.turns)
+        job.decode_bytes = self.bytes.get(name, 10)
         self.jobs[name] = job
         return job
 
@@ -146,6 +149,14 @@ def of_n(scene: Scene, running: str, ready: str) -> Scene:
 
 def far_ahead(scene: Scene) -> Scene:
     scene.m.__dict__["canvas_bytes"] = MAX_DECODED_BYTES // 2
+    return scene
+
+
+def memory(scene: Scene, *, limit: int = 100) -> Scene:
+    scene.waiting.max_decode_bytes = limit
+    scene.bytes = {"l": 60, "m": 60}
+    for name, job in scene.jobs.items():
+        job.decode_bytes = scene.bytes.get(name, 10)
     return scene
 
 
@@ -199,6 +210,17 @@ TABLE = [
     ("a drawing counts as decoding", s().drawing("a").decoding("b").encoded("c"), "wait"),
     ("drawings keep no answer waiting", s().drawing("ab").drawn("c").ran("d"), "finish d"),
     ("drawings keep no lane waiting", s().drawing("ab").drawn("c").ready("d"), "run d"),
+    # Memory of what is decoded or drawn; "large" pictures take 60 of 100, the others 10.
+    ("a large picture beside a small one", memory(s().decoding("a")).encoded("l"), "decode l"),
+    ("no two large ones at once", memory(s().decoding("l")).encoded("m"), "wait"),
+    ("small ones pass while a large one is decoded", memory(s().decoding("l")).encoded("mb"), "decode b"),
+    (
+        "they do not pass when small ones are decoded",
+        memory(s(decode_threads=6).decoding("abcde")).encoded("lf"),
+        "wait",
+    ),
+    ("the largest of all is decoded alone", memory(s(), limit=50).encoded("l"), "decode l"),
+    ("a drawing counts alike", memory(s().drawing("l")).encoded("mb"), "decode b"),
     # Reload: the device is busy, not a model.
     ("runs of two models are never together", of_n(s(2), running="ab", ready="cd"), "wait"),
     ("the old model's jobs run first", s().ready("ab").ready("c"), "run ab"),

@@ -1,0 +1,169 @@
+"""A child process that decodes one picture at a time: `python -m service.core.decoder_process FD MEMORY_BYTES`.
+
+No decoder is trusted. The process reads requests from the socket FD and writes answers to it, until the other end
+closes. It knows neither the model nor the network, may take no more memory than it is told, ends with its parent, and
+is killed when it takes too long.
+
+A request is a Request as JSON and then its `size` bytes of encoded picture, an answer an Answer as JSON and then its
+`size` bytes; each JSON has its length before it, four bytes, little-endian. The parent takes nothing else from here:
+numbers that it checks, and pixels.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from model.image import InvalidImage, TooManyPixels, decode_image, to_canvas
+from model.metadata import ResizePolicy
+from model.types import Detections
+from service.drawing import PictureFormat, draw, encode_picture
+
+LENGTH = struct.Struct("<I")
+MAX_TEXT = 1000
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn onto the picture, and how it is encoded."""
+
+    boxes: list[list[float]]
+    scores: list[float]
+    labels: list[int]
+    names: dict[str, str]
+    """By label, as text: JSON has no other keys."""
+    picture_format: PictureFormat
+
+
+@dataclass(frozen=True)
+class Request:
+    size: int
+    max_pixels: int
+    resize: tuple[int, int, int] | None = None
+    """A canvas is wanted: shorter side, longest side, divisor."""
+    drawing: Drawing | None = None
+    """A drawing is wanted."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    kind: Literal["canvas", "drawing", "invalid", "too many pixels", "memory"]
+    size: int = 0
+    canvas_size: tuple[int, int] = (0, 0)
+    valid_size: tuple[int, int] = (0, 0)
+    original_size: tuple[int, int] = (0, 0)
+    seconds: tuple[float, float] = (0, 0)
+    """Of decoding and of resizing."""
+    text: str = ""
+    """Why there is no picture."""
+
+
+def main(descriptor: int, memory_bytes: int) -> None:
+    threading.Thread(target=_end_with_parent, args=[descriptor], daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to act on
+    limit = _address_space() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with socket.socket(fileno=descriptor) as connection:
+        while (header := receive_json(connection)) is not None:
+            request = _request(header)
+            data = bytearray(request.size)
+            receive_into(connection, memoryview(data))
+            answer, payload = respond(request, bytes(data))
+            send(connection, answer, payload)
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """Whatever runs: the parent's end of the socket closes with it."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLHUP)
+    poll.poll()
+    os._exit(0)
+
+
+def respond(request: Request, data: bytes) -> "tuple[Answer, memoryview | bytes]":
+    try:
+        return _canvas(request, data) if request.drawing is None else _drawing(request, request.drawing, data)
+    except TooManyPixels as error:
+        return Answer("too many pixels", text=str(error)[:MAX_TEXT]), b""
+    except InvalidImage as error:
+        if isinstance(error.__cause__, MemoryError):
+            return Answer("memory"), b""
+        return Answer("invalid", text=str(error)[:MAX_TEXT]), b""
+    except MemoryError:
+        return Answer("memory"), b""
+
+
+def _canvas(request: Request, data: bytes) -> "tuple[Answer, memoryview]":
+    assert request.resize is not None
+    started = perf_counter()
+    pixels = decode_image(data, max_pixels=request.max_pixels)
+    decoded = perf_counter()
+    canvas = to_canvas(pixels, ResizePolicy(*request.resize))
+    seconds = decoded - started, perf_counter() - decoded
+    payload = canvas.pixels.data.cast("B")
+    return Answer("canvas", len(payload), canvas.canvas_size, canvas.size, canvas.original_size, seconds), payload
+
+
+def _drawing(request: Request, drawing: Drawing, data: bytes) -> tuple[Answer, bytes]:
+    detections = Detections(
+        np.array(drawing.boxes, np.float32).reshape(-1, 4),
+        np.array(drawing.scores, np.float32),
+        np.array(drawing.labels, np.int64),
+    )
+    pixels = decode_image(data, max_pixels=request.max_pixels)
+    picture = draw(pixels, detections, {int(label): name for label, name in drawing.names.items()})
+    payload = encode_picture(picture, drawing.picture_format)
+    return Answer("drawing", len(payload)), payload
+
+
+def send(connection: socket.socket, header: "Request | Answer", payload: "bytes | bytearray | memoryview") -> None:
+    text = json.dumps(asdict(header)).encode()
+    connection.sendall(LENGTH.pack(len(text)) + text)
+    connection.sendall(payload)
+
+
+def receive_json(connection: socket.socket) -> dict[str, Any] | None:
+    """None: the other end has closed."""
+    length = bytearray(LENGTH.size)
+    if not receive_into(connection, memoryview(length)):
+        return None
+    text = bytearray(LENGTH.unpack(length)[0])
+    receive_into(connection, memoryview(text))
+    values: dict[str, Any] = json.loads(text)
+    return values
+
+
+def receive_into(connection: socket.socket, buffer: memoryview) -> bool:
+    """Fill the buffer; False: the other end has closed."""
+    while buffer:
+        count = connection.recv_into(buffer)
+        if not count:
+            return False
+        buffer = buffer[count:]
+    return True
+
+
+def _request(values: dict[str, Any]) -> Request:
+    drawing = values["drawing"]
+    return Request(**values | {"drawing": drawing and Drawing(**drawing)})
+
+
+def _address_space() -> int:
+    """Bytes of this process's address space now."""
+    with open("/proc/self/statm") as file:  # noqa: PTH123
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

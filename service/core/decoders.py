@@ -1,0 +1,173 @@
+"""The child processes that decode pictures, and what becomes of those that take too long or too much.
+
+One child for each worker that may decode, started early. A child is killed, and another started in its place, when its
+picture's deadline has come, when nobody waits for the picture any more, or when it has died by itself; so a decode
+never outlives its answer. What comes out of a child is checked before it is used.
+"""
+
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from typing import Literal
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from model.formats.size import claimed_pixels
+from model.image import MAX_PIXELS, InvalidImage, TooManyPixels, canvas_size
+from model.metadata import ResizePolicy
+from model.types import CanvasImage, Detections
+from service.core.decoder_process import Answer, Drawing, Request, receive_into, receive_json, send
+from service.core.job import DeadlineExceeded, Job
+from service.drawing import PictureFormat
+
+POLL_SECONDS = 0.05
+"""How soon a child is killed that nobody waits for."""
+MEMORY_BYTES = 1200 * 2**20
+"""Of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
+MAX_DRAWING_BYTES = 512 * 2**20
+KillReason = Literal["deadline", "cancelled", "died"]
+ANSWER = TypeAdapter(Answer)
+
+
+class Decoders:
+    """Makes canvases and drawings of pictures. Thread-safe; as many at once as there are children."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        memory_bytes: int = MEMORY_BYTES,
+        on_kill: Callable[[KillReason], None] = lambda reason: None,
+    ) -> None:
+        """`memory_bytes`: what one decode may take. `on_kill` is called on the thread that asked."""
+        self._count = count
+        self._max_pixels = max_pixels
+        self._memory_bytes = memory_bytes
+        self._on_kill = on_kill
+        self._idle: SimpleQueue[_Child] = SimpleQueue()
+        self._alive: set[_Child] = set()
+        self._lock = threading.Lock()  # guards the set, and whether there shall be children
+        self._closed = False
+
+    @property
+    def num_processes(self) -> int:
+        return len(self._alive)
+
+    def start(self) -> None:
+        """Start the children; until each is ready, who asks it waits."""
+        for _ in range(self._count):
+            self._add()
+
+    def close(self) -> None:
+        """Kill them all; who waits for one gets InvalidImage."""
+        with self._lock:
+            self._closed = True
+            for child in self._alive:
+                child.kill()
+            self._alive.clear()
+
+    def canvas(self, job: Job, resize: ResizePolicy) -> CanvasImage:
+        """Decode and resize the job's picture. Raises InvalidImage, TooManyPixels, DeadlineExceeded."""
+        # What it is to decode was planned by the size that the picture claims; more than that it shall not be.
+        most = min(self._max_pixels, claimed_pixels(job.data) or self._max_pixels)
+        policy = resize.shorter_side, resize.longest_side, resize.divisor
+        answer, payload = self._ask(job, Request(len(job.data), most, resize=policy))
+        height, width = answer.canvas_size
+        if (height, width) != canvas_size(*answer.original_size, resize) or len(payload) != height * width * 3:
+            raise InvalidImage("the decoder's answer makes no sense")
+        _, resize_seconds = answer.seconds
+        job.watch.lap("decode", time.perf_counter() - resize_seconds)
+        job.watch.lap("preprocess")
+        return CanvasImage(
+            np.frombuffer(payload, np.uint8).reshape(height, width, 3), answer.valid_size, answer.original_size
+        )
+
+    def drawing(
+        self, job: Job, detections: Detections, names: Mapping[int, str], picture_format: PictureFormat
+    ) -> bytes:
+        """Draw the detections onto the job's picture and encode it. Raises what `canvas` raises."""
+        drawing = Drawing(
+            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(),
+            {str(label): name for label, name in names.items()}, picture_format,
+        )  # fmt: skip
+        _, payload = self._ask(job, Request(len(job.data), self._max_pixels, drawing=drawing))
+        return bytes(payload)
+
+    def _ask(self, job: Job, request: Request) -> tuple[Answer, bytearray]:
+        child = self._idle.get()
+        outcome = child.ask(request, job)
+        if isinstance(outcome, str):
+            self._replace(child, outcome)
+            if outcome == "died":
+                raise InvalidImage("the decoder broke on this picture: it is damaged, or takes too much memory")
+            raise DeadlineExceeded("the picture was not decoded in time")
+        answer, payload = outcome
+        self._idle.put(child)
+        if answer.kind == "too many pixels":
+            raise TooManyPixels(answer.text)
+        if answer.kind in ("invalid", "memory"):
+            raise InvalidImage(answer.text or "the picture takes more memory than a decoder may have")
+        return answer, payload
+
+    def _replace(self, child: "_Child", reason: KillReason) -> None:
+        child.kill()
+        self._on_kill(reason)
+        with self._lock:
+            self._alive.discard(child)
+        self._add()
+
+    def _add(self) -> None:
+        with self._lock:
+            if not self._closed:
+                child = _Child(self._memory_bytes)
+                self._alive.add(child)
+                self._idle.put(child)
+
+
+class _Child:
+    """One process, and the socket to it. One thread at a time."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "service.core.decoder_process", str(theirs.fileno()), str(memory_bytes)]
+            # In a session of its own: a terminal's signals are for the service.
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+
+    def ask(self, request: Request, job: Job) -> tuple[Answer, bytearray] | KillReason:
+        """Its answer, or why it must be killed."""
+        try:
+            self._connection.settimeout(max(POLL_SECONDS, job.deadline - time.monotonic()))
+            send(self._connection, request, job.data)
+            if (reason := self._wait(job)) is not None:
+                return reason
+            answer = ANSWER.validate_python(receive_json(self._connection))
+            payload = bytearray(min(answer.size, MAX_DRAWING_BYTES))
+            return (answer, payload) if receive_into(self._connection, memoryview(payload)) else "died"
+        except TimeoutError:
+            return "deadline"
+        except (OSError, ValueError):
+            return "died"
+
+    def _wait(self, job: Job) -> KillReason | None:
+        """Until the answer comes; why nobody needs it any more."""
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        while not poll.poll(POLL_SECONDS * 1000):
+            if job.gone:
+                return "cancelled"
+            if time.monotonic() >= job.deadline:
+                return "deadline"
+        return None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
