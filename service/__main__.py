@@ -25,7 +25,7 @@ from model.detector import Detector, available_cores
 from model.runtime.session import RUNS_AT_ONCE
 from service import detect
 from service.api.app import create_app
-from service.api.connections import DeadlineProtocol
+from service.api.connections import BoundedProtocol
 from service.api.service import Service
 from service.api.uploads import Uploads
 from service.config import PROGRAM, Settings, parse_settings
@@ -193,7 +193,11 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
     settings = service.settings
     return uvicorn.Config(
         create_app(service),
-        http=DeadlineProtocol,
+        http=functools.partial(  # type: ignore[arg-type]  # uvicorn calls it, as it would the class
+            BoundedProtocol,
+            write_timeout_seconds=settings.write_timeout_seconds,
+            keep_alive_seconds=settings.keep_alive_seconds,
+        ),
         log_config=None,
         access_log=False,
         lifespan="off",

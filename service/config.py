@@ -70,6 +70,10 @@ class Settings(BaseSettings):
         ByteSize(256 * MIB), gt=0, description="bound on the bytes of all requests being received, and of one batch"
     )
     upload_timeout_seconds: PositiveSeconds = Field(10, description="time for a request's body to arrive")
+    write_timeout_seconds: PositiveSeconds = Field(
+        30, description="an answer of which its client takes no byte for this long is given up"
+    )
+    keep_alive_seconds: PositiveSeconds = Field(75, description="time that an idle connection is kept for a request")
 
     queue_capacity: int = Field(32, ge=1, description="images admitted and not yet through the device; more get 429")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="images per inference [1 on the CPU, 8 on CUDA]")

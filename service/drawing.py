@@ -12,6 +12,12 @@ PictureFormat = Literal["png", "jpeg"]
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
 """By class id, in turn; white letters are readable on each."""
 JPEG_QUALITY = 90
+MAX_JPEG_SIDE = 65_500
+"""libjpeg's limit."""
+
+
+class SideTooLong(ValueError):
+    """JPEG cannot hold a picture with such a side: take PNG."""
 
 
 def draw(pixels: Pixels, detections: Detections, label_names: dict[int, str]) -> Image.Image:
@@ -28,6 +34,12 @@ def draw(pixels: Pixels, detections: Detections, label_names: dict[int, str]) ->
         pen.rectangle(box, outline=colour, width=width)
         _write(pen, f"{label_names.get(class_id, class_id)} {score:.2f}", box, colour, font)
     return picture
+
+
+def check_sides(size: tuple[int, int], picture_format: PictureFormat) -> None:
+    """Raise SideTooLong if the format cannot hold a picture of this (height, width)."""
+    if picture_format == "jpeg" and max(size) > MAX_JPEG_SIDE:
+        raise SideTooLong(f"a JPEG's sides are at most {MAX_JPEG_SIDE} pixels, the picture's are {size}: ask for PNG")
 
 
 def encode_picture(picture: Image.Image, picture_format: PictureFormat) -> bytes:

@@ -19,13 +19,25 @@ from starlette.types import ASGIApp
 
 from service.api.detection import Detection
 from service.api.errors import CODES, PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
-from service.api.middleware import DETECTION_PATHS, Linger, Observe, RequireKey, Shed, context_of, problem_response
+from service.api.middleware import (
+    DETECTION_PATHS,
+    FileProblems,
+    Linger,
+    Observe,
+    RequireKey,
+    Shed,
+    context_of,
+    problem_response,
+)
 from service.api.openapi import EVERYWHERE, add_detection, problems
 from service.api.parameters import thresholds
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
 from service.core.store import NotReady
 from service.metrics import METHODS, UNMATCHED, HttpMetrics, program_version
+
+UNREAD = (400, 414, 431)
+"""Statuses of requests that the protocol cannot or will not read, whatever they ask for."""
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -69,6 +81,7 @@ def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
         *([cross_origin] if settings.cors_origins else []),
         *([Middleware(RequireKey, keys=keys)] if keys else []),
         Middleware(Shed, refusal=service.refusal),
+        Middleware(FileProblems),
     ]
 
 
@@ -124,12 +137,12 @@ def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
     """Make every series that HTTP requests can have."""
     detection = (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
     for path in sorted({route.path for route in routes}):
-        answers: dict[str, tuple[int, ...]] = dict.fromkeys(METHODS, (401, 405))
+        answers: dict[str, tuple[int, ...]] = dict.fromkeys(METHODS, (*UNREAD, 401, 405))
         for route in routes:
             if route.path == path:
-                statuses = detection if path in DETECTION_PATHS else (200, 401, 500, 503)
+                statuses = detection if path in DETECTION_PATHS else (200, *UNREAD, 401, 500, 503)
                 answers |= dict.fromkeys(route.methods or (), statuses)
         metrics.make_series(path, answers)
-    answers = dict.fromkeys(METHODS, (200, 400, 401, 404, 405))
-    files = dict.fromkeys(("GET", "HEAD"), (200, 206, 304, 400, 401, 404, 416))  # of the docs page
+    answers = dict.fromkeys(METHODS, (200, *UNREAD, 401, 404, 405))
+    files = dict.fromkeys(("GET", "HEAD"), (200, *UNREAD, 206, 304, 401, 404))  # of the docs page
     metrics.make_series(UNMATCHED, answers | files)

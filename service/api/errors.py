@@ -4,10 +4,12 @@ Errors are RFC 9457 problems (application/problem+json) with a `code` that stays
 what came and what is allowed. Exceptions are defined where they are raised:
 
     Exception
+    ├── HeadersTooLarge, UriTooLong                                                         api.connections
     ├── MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, ClientGone     api.uploads
     ├── InvalidParameter, Unauthorized                                                      here
     ├── InvalidImage                                                                        model.image
     │   └── TooManyPixels
+    ├── SideTooLong                                                                         drawing
     ├── InferenceFailed                                                                     model.detector
     ├── DeadlineExceeded                                                                    core.job
     └── Refusal: not now, and when to try again                                             core.refusals
@@ -23,6 +25,7 @@ from typing import Any
 
 from model.detector import InferenceFailed
 from model.image import InvalidImage, TooManyPixels
+from service.api.connections import HeadersTooLarge, UriTooLong
 from service.api.uploads import (
     BodyTooLarge,
     ClientGone,
@@ -35,6 +38,7 @@ from service.core.job import DeadlineExceeded
 from service.core.line import QueueFull
 from service.core.refusals import Refusal
 from service.core.store import NotReady
+from service.drawing import SideTooLong
 from service.metrics import Outcome
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -62,9 +66,11 @@ PROBLEM_TYPES = {
     "unauthorized": ProblemType(401, "A valid API key is needed", "invalid", (Unauthorized,)),
     "not_found": ProblemType(404, "There is nothing at this path", "invalid"),
     "method_not_allowed": ProblemType(405, "The path does not take this method", "invalid"),
+    "not_acceptable": ProblemType(406, "The picture does not fit into the format asked for", "invalid", (SideTooLong,)),
     "upload_timeout": ProblemType(408, "The body took too long to arrive", "timeout", (UploadTimeout,)),
     "body_too_large": ProblemType(413, "The body is too large", "too_large", (BodyTooLarge,)),
     "too_many_pixels": ProblemType(413, "The image has too many pixels", "too_large", (TooManyPixels,)),
+    "uri_too_long": ProblemType(414, "The URL is too long", "too_large", (UriTooLong,)),
     "unsupported_media_type": ProblemType(
         415, "The body comes in a form that is not read", "unsupported", (UnsupportedMediaType,)
     ),
@@ -73,6 +79,7 @@ PROBLEM_TYPES = {
     "overloaded": ProblemType(
         429, "The server is at its limit: try again later", "overloaded", (QueueFull, UploadsBusy)
     ),
+    "headers_too_large": ProblemType(431, "The header fields are too large", "too_large", (HeadersTooLarge,)),
     "client_closed_request": ProblemType(499, "The client closed the connection", "cancelled", (ClientGone,)),
     "inference_failed": ProblemType(500, "The model failed on this image", "error", (InferenceFailed,)),
     "internal_error": ProblemType(500, "The server has a bug", "error"),

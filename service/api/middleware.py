@@ -1,7 +1,7 @@
 """What surrounds every request, as plain ASGI (the function kind of middleware hides disconnects).
 
 Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was read still reaches its
-client. RequireKey: API keys. Shed: refusals at the door.
+client. RequireKey: API keys. Shed: refusals at the door. FileProblems: a bad Range of the docs' files.
 """
 
 import asyncio
@@ -20,7 +20,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, headers_of, problem_of
+from service.api.connections import PROTOCOL_ERROR
+from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, code_of, headers_of, problem_of
+from service.api.uploads import MalformedRequest
 from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
 
@@ -82,7 +84,8 @@ class Observe:
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as error:  # the outermost boundary: a bug is logged, and answered too
-                logger.exception("a request failed", extra={"fields": {"request_id": context.request_id}})
+                if code_of(error) == "internal_error":
+                    logger.exception("a request failed", extra={"fields": {"request_id": context.request_id}})
                 if not answered:
                     await problem_response(error, context.request_id)(scope, receive, send_with_id)
 
@@ -107,7 +110,9 @@ class Observe:
 class Linger:
     """After an answer that came before the whole body was read, reads the rest and forgets it, for a while.
 
-    Closing at once would reset the connection, and a client still sending would see that instead of its answer.
+    Closing at once would reset the connection, and a client still sending would see that instead of its answer. What
+    the protocol cannot read (see service.api.connections) gets such an answer: here, if it was the head; by raising
+    from `receive`, if it was the body.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
@@ -115,18 +120,26 @@ class Linger:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not has_body(Headers(scope=scope)):
-            await self._app(scope, receive, send)
+        app, unread = self._app, scope.get("state", {}).pop(PROTOCOL_ERROR, None)
+        if unread is not None:
+            app = problem_response(unread, context_of(scope).request_id)
+        elif scope["type"] != "http" or not has_body(Headers(scope=scope)):
+            await app(scope, receive, send)
             return
-        complete = False
+        complete = answered = False
 
         async def watched_receive() -> Message:
             nonlocal complete
             message = await receive()
+            error = scope["state"].pop(PROTOCOL_ERROR, None)
+            if error is not None and not answered:
+                raise error
             complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
             return message
 
         async def lingering_send(message: Message) -> None:
+            nonlocal answered
+            answered = True
             if complete:
                 await send(message)
             elif message["type"] == "http.response.start":
@@ -142,7 +155,7 @@ class Linger:
                             await watched_receive()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        await self._app(scope, watched_receive, lingering_send)
+        await app(scope, watched_receive, lingering_send)
 
 
 class Shed:
@@ -172,6 +185,32 @@ class Shed:
             return unread.pop() if unread else await receive()
 
         await self._app(scope, from_the_start, send)
+
+
+class FileProblems:
+    """Makes a problem of what the framework's file server refuses in plain text: a Range that it cannot serve."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        is_bad_range = False
+
+        async def send_unless_bad_range(message: Message) -> None:
+            nonlocal is_bad_range
+            if message["type"] == "http.response.start":
+                plain = Headers(raw=message["headers"]).get("content-type", "").startswith("text/plain")
+                is_bad_range = plain and message["status"] in (400, 416)
+            if not is_bad_range:
+                await send(message)
+
+        await self._app(scope, receive, send_unless_bad_range)
+        if is_bad_range:
+            error = MalformedRequest("the Range is not one of the file's: ask for bytes=FIRST-LAST, or for all of it")
+            await problem_response(error, context_of(scope).request_id)(scope, receive, send)
 
 
 class RequireKey:

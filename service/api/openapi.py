@@ -25,12 +25,12 @@ BASE64 = _form({"type": "string", "format": "byte"}) | {"example": {"image": ONE
 IMAGES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_BATCH_IMAGES}
 QUERY_SCHEMA = DetectQuery.model_json_schema()
 
-EVERYWHERE = ("unauthorized", "internal_error")
+EVERYWHERE = ("unauthorized", "uri_too_long", "headers_too_large", "internal_error")
 UPLOAD = (
     "malformed_request", "upload_timeout", "body_too_large", "unsupported_media_type", "invalid_parameter",
     "overloaded", "not_ready", *EVERYWHERE,
 )  # fmt: skip
-ONE_IMAGE = (*UPLOAD, "too_many_pixels", "invalid_image", "inference_failed", "deadline_exceeded")
+ONE_IMAGE = (*UPLOAD, "not_acceptable", "too_many_pixels", "invalid_image", "inference_failed", "deadline_exceeded")
 
 
 def problems(*codes: str) -> dict[int | str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from pydantic_core import to_json
 from service.api.schemas import answer, timing_ms
 from service.core.decoders import Decoders
 from service.core.job import Detected, Job
-from service.drawing import PictureFormat
+from service.drawing import PictureFormat, check_sides
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ def as_json(detected: Detected, job: Job, *, request_id: str) -> Reply:
 
 def as_picture(detected: Detected, job: Job, *, decoders: Decoders, picture_format: PictureFormat) -> Reply:
     """Decode the picture again: holding every upload's pixels for the few that want a drawing would cost more."""
+    check_sides(detected.original_size, picture_format)
     timing = timing_ms(detected)
     picture = decoders.drawing(job, detected.detections, detected.model.label_names, picture_format)
     return Reply(picture, f"image/{picture_format}", timing, detected)

@@ -21,7 +21,8 @@ from service.core.store import NotReady
 from service.metrics import Outcome
 
 CONTRACT = {
-    "malformed_request": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "upload_timeout": 408,
+    "malformed_request": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "not_acceptable": 406,
+    "upload_timeout": 408, "uri_too_long": 414, "headers_too_large": 431,
     "body_too_large": 413, "too_many_pixels": 413, "unsupported_media_type": 415, "invalid_parameter": 422,
     "invalid_image": 422, "overloaded": 429, "not_ready": 503, "deadline_exceeded": 504, "inference_failed": 500,
 }  # fmt: skip

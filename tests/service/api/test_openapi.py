@@ -21,7 +21,22 @@ def test_the_openapi_document_describes_every_route_with_examples(server: Servin
     parameters = {each["name"]: each["schema"] for each in document["paths"]["/detect"]["post"]["parameters"]}
     assert list(parameters) == list(DetectQuery.model_fields)
     answers = document["paths"]["/detect"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503", "504"}
+    assert set(answers) == {
+        "200",
+        "400",
+        "401",
+        "406",
+        "408",
+        "413",
+        "414",
+        "415",
+        "422",
+        "429",
+        "431",
+        "500",
+        "503",
+        "504",
+    }
     assert set(answers["200"]["content"]) == {"application/json", "image/png", "image/jpeg"}
     for status in set(answers) - {"200"}:
         [(media_type, content)] = answers[status]["content"].items()

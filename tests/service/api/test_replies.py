@@ -7,7 +7,7 @@ from PIL import Image
 
 from service.api.replies import picture_wanted
 from tests.support.load import PNG
-from tests.support.serving import Serving, detect, picture
+from tests.support.serving import Serving, assert_problem, detect, picture
 
 
 @pytest.mark.parametrize(("media_type", "kind"), [("image/png", "PNG"), ("image/jpeg", "JPEG")])
@@ -40,3 +40,13 @@ def test_who_asks_for_a_picture_gets_the_boxes_drawn(server: Serving, media_type
 )
 def test_a_picture_is_sent_only_when_named_and_ranked_above_json(accept: str, wanted: str | None) -> None:
     assert picture_wanted(accept) == wanted
+
+
+@pytest.mark.parametrize("size", [(65_501, 8), (8, 65_501)])
+def test_a_drawing_that_jpeg_cannot_hold_is_406_and_png_can(server: Serving, size: tuple[int, int]) -> None:
+    image = picture(*size)
+    response = detect(server, content=image, headers=PNG | {"Accept": "image/jpeg"})
+    assert "ask for PNG" in assert_problem(response, 406, "not_acceptable").detail
+    assert detect(server, content=image, headers=PNG | {"Accept": "image/png"}).status_code == 200
+    longest = picture(*(min(side, 65_500) for side in size))
+    assert detect(server, content=longest, headers=PNG | {"Accept": "image/jpeg"}).status_code == 200

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from service.api.connections import DeadlineProtocol
+from service.api.connections import BoundedProtocol
 from service.api.uploads import MultipartImages
 from tests.support.serving import FakeDetector, Serving, picture, serving, wait_until
 
@@ -110,7 +110,7 @@ def test_many_half_sent_uploads_do_not_keep_good_requests_from_being_served(serv
 
 
 def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeadlineProtocol, "header_seconds", 0.3)
+    monkeypatch.setattr(BoundedProtocol, "header_seconds", 0.3)
     with serving(FakeDetector()) as server, connected(server) as slow:
         slow.sendall(b"POST /detect HTTP/1.1\r\nHo")
         assert answer(slow) == b""
@@ -125,7 +125,7 @@ def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPat
 
 
 def test_so_is_one_that_is_slow_with_its_second_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeadlineProtocol, "header_seconds", 0.3)
+    monkeypatch.setattr(BoundedProtocol, "header_seconds", 0.3)
     with serving(FakeDetector()) as server, connected(server) as slow:
         slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_until(lambda: server.metric("http_requests_total", method="GET", route="/healthz", status="200") == 1)

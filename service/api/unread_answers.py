@@ -1,0 +1,60 @@
+"""A connection's answers that its client does not read: given up after a time, by a reset.
+
+asyncio and uvloop hold what a client does not take for as long as it stays connected; uvicorn sets no deadline.
+"""
+
+import asyncio
+import fcntl
+import logging
+import sys
+import termios
+
+logger = logging.getLogger(__name__)
+
+LOOKS = 4
+"""How often within the timeout the watch looks: it may be late by one of them."""
+
+
+class AnswerWatch:
+    """Looks after what a transport has not sent yet, from `begin` until there is nothing. For one connection."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, timeout_seconds: float) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._timeout_seconds = timeout_seconds
+        self._next_look: asyncio.TimerHandle | None = None
+        self._unsent_bytes = 0
+        self._taken_at = 0.0
+        """When the client took the last byte, as far as was seen; loop.time()."""
+
+    def begin(self) -> None:
+        """Watch, unless it does already or nothing is left to send."""
+        if self._next_look is None and self._transport.get_write_buffer_size():
+            self._taken_at = self._loop.time()
+            self._look_later()
+
+    def end(self) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
+
+    def _look_later(self) -> None:
+        self._next_look = self._loop.call_later(self._timeout_seconds / LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._next_look = None
+        held_bytes, now = self._transport.get_write_buffer_size(), self._loop.time()
+        if not held_bytes:
+            return
+        unsent_bytes = held_bytes + self._bytes_in_kernel()
+        if unsent_bytes != self._unsent_bytes:
+            self._unsent_bytes, self._taken_at = unsent_bytes, now
+        if now - self._taken_at >= self._timeout_seconds:
+            logger.info("an answer is not read: given up with %d bytes left", unsent_bytes)
+            self._transport.abort()
+        else:
+            self._look_later()
+
+    def _bytes_in_kernel(self) -> int:
+        """Those that the client has not acknowledged: reading shows there first, in our buffer in large steps."""
+        connection = self._transport.get_extra_info("socket").fileno()
+        return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
