@@ -6,7 +6,6 @@ received, by its deadline. Multipart is parsed as it arrives, in memory: nothing
 """
 
 import asyncio
-import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 
 from service.api.encodings import TRANSFER_ENCODINGS, decode_base64
+from service.api.large_json import LargeString, parse_json
 from service.api.multipart import MultipartParser
 from service.core.refusals import Refusal
 
@@ -95,15 +95,18 @@ class JsonImage(RawImage):
 
     def finish(self) -> list[bytearray]:
         try:
-            document = json.loads(self.body)
+            document = parse_json(self.body)
         except (ValueError, RecursionError) as error:
-            raise MalformedRequest(f"the body is not JSON: {error}") from error
-        if not isinstance(document, dict) or not isinstance(document.get(FIELD), str):
+            raise MalformedRequest(f"the body is not JSON that is read here: {error}") from error
+        text = document.get(FIELD) if isinstance(document, dict) else None
+        if not isinstance(text, LargeString | str):
             raise MalformedRequest(f'the body is not of the form {{"{FIELD}": "<base64>"}}')
         if len(document) > 1:
             raise MalformedRequest(f"the body has keys besides {FIELD!r}; {PARAMETERS_HINT}")
         try:
-            image = decode_base64(document[FIELD].encode("utf-8", "replace"))
+            image = decode_base64(
+                text.unescaped() if isinstance(text, LargeString) else text.encode("utf-8", "replace")
+            )
         except ValueError as error:
             raise MalformedRequest(f"{FIELD!r} is not base64: {error}") from error
         _check_size(image, self.max_image_bytes)
@@ -201,9 +204,13 @@ class Uploads:
                 size = await self._feed(form, receive, max_body_bytes)
         except TimeoutError as error:
             raise UploadTimeout(f"the body did not arrive within {self._timeout_seconds:g} s") from error
-        if form.takes_long:
+        if not form.takes_long:
+            return form.finish(), size
+        self.bytes_in_flight += size  # until it is done
+        try:
             return await asyncio.to_thread(form.finish), size
-        return form.finish(), size
+        finally:
+            self.bytes_in_flight -= size
 
     def _form(self, headers: Headers, max_images: int) -> tuple[Form, int]:
         """The parser of this Content-Type, and how many bytes it may get."""
