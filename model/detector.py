@@ -6,7 +6,6 @@ The file is read once: what `sha256` names is what runs. `model.runtime` decides
 silently: not when the model is opened (see `fell_back`), and not when a run fails.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from model.runtime.cpu import open_on_cpu
 from model.runtime.session import DeviceUnavailable, Lane, is_out_of_memory, one_line
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections, Pixels
+from model.untrusted import read_model
 
 __all__ = ["Detector", "Device", "DeviceUnavailable", "InferenceFailed", "Lane", "available_cores"]
 
@@ -84,13 +84,14 @@ class Detector:
         threads: int | None = None,
         gpu_memory_limit_bytes: int | None = None,
         runs_at_once: int | None = 1,
+        sha256: str | None = None,
     ) -> None:
         """`threads` for one inference on the CPU [the cores available]; `gpu_memory_limit_bytes` for all models of the
         process [0.8 of what is free at the first]; `runs_at_once`: the lanes [None: 2, but on a CPU 1 for a file over
-        64 MiB: a second session takes the weights' memory once more, for a gain of some percent]."""
-        model = _read(path)
+        64 MiB: a second session takes the weights' memory once more, for a gain of some percent]; `sha256` of the file
+        [any], compared before anything interprets it."""
+        model, self.sha256 = read_model(path, sha256)
         self.path, self.device_requested = path, device
-        self.sha256 = hashlib.sha256(model).hexdigest()
         threads = threads or available_cores()
         session = _open_verified(path, model, threads)
         self.metadata = _metadata(path, session)
@@ -162,13 +163,6 @@ def _candidates(outputs: Sequence[NDArray[Any]]) -> list[Candidates]:
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
         raise InferenceFailed("the network's answer is not finite")
     return [Candidates(*row) for row in zip(boxes, scores, labels, strict=True)]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidModel(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _open_verified(path: Path, model: bytes, threads: int) -> ort.InferenceSession:

@@ -6,6 +6,7 @@ back. A file that lacks any of it (but LATER_FIELDS), or is of another format ve
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
@@ -25,6 +26,13 @@ NMS_THRESHOLD = 0.5
 """Largest IoU of two detections of one label."""
 MAX_DETECTIONS = 300
 """The best so many detections of an image are kept."""
+MAX_CANVAS_PIXELS = 4096 * 4096
+MAX_LABELS = 20_000
+MAX_NAME_CHARACTERS = 200
+"""Of the model's name, and of each label."""
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+MAX_PROPS_CHARACTERS = 4 * 1024 * 1024
+"""All metadata together."""
 
 
 class InvalidModel(ValueError):
@@ -49,6 +57,15 @@ class ResizePolicy:
     def __post_init__(self) -> None:
         if not (1 <= self.shorter_side <= self.longest_side and self.divisor >= 1):
             raise InvalidModel(f"{self} is not a resize policy: 1 <= shorter side <= longest side, 1 <= divisor")
+        if (pixels := math.prod(self.largest_canvas)) > MAX_CANVAS_PIXELS:
+            raise InvalidModel(f"{self} makes canvases of {pixels} pixels; {MAX_CANVAS_PIXELS} are allowed")
+
+    @property
+    def largest_canvas(self) -> tuple[int, int]:
+        """The sides of the largest canvas, the shorter first."""
+        sides = (self.shorter_side, self.longest_side)
+        shorter, longest = (-(-side // self.divisor) * self.divisor for side in sides)
+        return shorter, longest
 
 
 @dataclass(frozen=True)
@@ -107,8 +124,14 @@ class ModelMetadata:
     def __post_init__(self) -> None:
         ids = [label.class_id for label in self.labels]
         names = [label.label for label in self.labels]
-        if not ids:
-            raise InvalidModel("the model has no labels")
+        if not 1 <= len(ids) <= MAX_LABELS:
+            raise InvalidModel(f"the model has {len(ids) or 'no'} labels; {MAX_LABELS} are allowed")
+        for name in (self.name, *names):
+            if len(name) > MAX_NAME_CHARACTERS or CONTROL_CHARACTER.search(name):
+                raise InvalidModel(
+                    f"the model has a name or label {name[:MAX_NAME_CHARACTERS]!r}: at most {MAX_NAME_CHARACTERS} "
+                    "characters are allowed, and no control characters"
+                )
         if len(set(ids)) < len(ids):
             raise InvalidModel("the model's labels repeat a class id")
         if len(set(names)) < len(names):
@@ -135,6 +158,8 @@ class ModelMetadata:
             raise InvalidModel("the file carries no retinaserve metadata: export it with `python -m training export`")
         if version != FORMAT_VERSION:
             raise InvalidModel(f"the file's format version is {version}; this program reads {FORMAT_VERSION}")
+        if (size := sum(map(len, props.values()))) > MAX_PROPS_CHARACTERS:
+            raise InvalidModel(f"the file has {size} characters of metadata; {MAX_PROPS_CHARACTERS} are allowed")
         names = [entry.name for entry in fields(ModelMetadata)]
         values = {name: _value(props, name) for name in names if name not in LATER_FIELDS or KEY_PREFIX + name in props}
         try:

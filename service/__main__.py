@@ -159,12 +159,13 @@ def build_service(
         threads=settings.threads,
         gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
         runs_at_once=settings.runs_at_once,
+        sha256=settings.model_sha256,
     )
     store = ModelStore(
         settings.model_file,
         open_detector or default_opener,
         metrics,
-        sha256=settings.model_sha256,
+        load_timeout_seconds=settings.model_load_timeout_seconds,
         poll_seconds=settings.model_poll_seconds,
         max_batch_size=settings.max_batch_size,
     )

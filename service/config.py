@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     model_sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="refuse a model file of another hash [any]"
     )
+    model_load_timeout_seconds: PositiveSeconds = Field(
+        300, description="time for a model file to be opened and warmed up, else it is refused"
+    )
     model_poll_seconds: Seconds = Field(
         5, description="look for a changed model file this often; 0 never (SIGHUP still does)"
     )

@@ -1,22 +1,25 @@
 """The model that serves, and its replacement while it serves.
 
-One thread, "model loader", opens the file, verifies it, warms it up aside, and only then swaps it in by one assignment.
-Jobs hold on to the `LoadedModel` they began with, so batches in flight finish on the old one. A bad file leaves the old
-one serving. The loader looks for a changed file (same size, time and inode over two polls, so half-copied files are
-left alone) and reloads on request.
+One thread, "model loader", has the file opened, verified and warmed up aside, and only then swaps it in by one
+assignment. It waits for that no longer than a deadline: a thread of its own opens each file, and one that is stuck is
+left behind. Jobs hold on to the `LoadedModel` they began with, so batches in flight finish on the old one. A bad file
+leaves the old one serving. The loader looks for a changed file (same size, time and inode over two polls, so
+half-copied files are left alone) and reloads on request.
 """
 
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
-from model.image import padded_size
 from model.metadata import InvalidModel
 from model.runtime.session import CPU
 from service.core.refusals import Refusal
@@ -26,14 +29,18 @@ logger = logging.getLogger(__name__)
 
 CUDA_BATCH_SIZE = 8
 """On a CPU a batch gains nothing: the default there is 1."""
-FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
-"""Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
+
+Value = TypeVar("Value")
 
 
 class NotReady(Refusal):
     """No model serves now: loading, or the device is lost. Try later, or another replica."""
 
     retry_after_seconds = 2
+
+
+FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
+"""Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +57,7 @@ class LoadedModel:
     @cached_property
     def canvas_bytes(self) -> int:
         """The most that the canvas of one picture takes."""
-        policy = self.detector.metadata.resize
-        height, width = padded_size(policy.shorter_side, policy.longest_side, policy.divisor)
-        return height * width * 3
+        return math.prod(self.detector.metadata.resize.largest_canvas) * 3
 
 
 class ModelStore:
@@ -62,14 +67,14 @@ class ModelStore:
         open_detector: Callable[[Path], Detector],
         metrics: Metrics,
         *,
-        sha256: str | None = None,
+        load_timeout_seconds: float | None = None,
         poll_seconds: float = 0,
         max_batch_size: int | None = None,
     ) -> None:
         self._path = path
         self._open_detector = open_detector
         self._metrics = metrics
-        self._sha256 = sha256
+        self._load_timeout_seconds = load_timeout_seconds
         self._poll_seconds = poll_seconds
         self._max_batch_size = max_batch_size
         self._wake = threading.Event()
@@ -102,24 +107,26 @@ class ModelStore:
         self._wake.set()
 
     def load(self) -> None:
-        """Replace the model. InvalidModel, DeviceUnavailable, InferenceFailed, OSError: it is as it was."""
+        """Replace the model. Raises what is FORESEEN, and leaves it as it was."""
+        self.current, load_seconds, warmup_seconds = _in_time(self._open, self._load_timeout_seconds)
+        self._report(self.current.detector, load_seconds, warmup_seconds)
+
+    def _open(self) -> tuple[LoadedModel, float, float]:
+        """The model, and the seconds that opening and warming it up took."""
         started = time.perf_counter()
         detector = self._open_detector(self._path)
-        if self._sha256 is not None and detector.sha256 != self._sha256:
-            raise InvalidModel(f"{self._path} has sha256 {detector.sha256}; {self._sha256} is asked for")
         opened = time.perf_counter()
         on_cpu = detector.provider == CPU
         max_batch_size = self._max_batch_size or (1 if on_cpu else CUDA_BATCH_SIZE)
         detector.warm_up(max_batch_size)
-        warmed = time.perf_counter()
         labels = detector.metadata.labels
-        self.current = LoadedModel(
+        model = LoadedModel(
             detector,
             label_names={label.class_id: label.label for label in labels},
             label_ids={label.label: label.class_id for label in labels},
             max_batch_size=max_batch_size,
         )
-        self._report(detector, opened - started, warmed - opened)
+        return model, opened - started, time.perf_counter() - opened
 
     def reload(self) -> bool:
         """Load again and count it; False: it failed and the old model serves on."""
@@ -184,3 +191,22 @@ class ModelStore:
         except OSError:
             return None
         return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _in_time(call: Callable[[], Value], seconds: float | None) -> Value:
+    """What `call` returns or raises, on a thread of its own. TimeoutError: it takes longer, and is left to itself."""
+    outcome: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="model opener", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError as error:
+        if outcome.done():  # its own
+            raise
+        raise TimeoutError(f"the model was not loaded and warmed up within {seconds:g} s") from error

@@ -105,3 +105,25 @@ def test_what_cannot_be_read_back_cannot_be_made() -> None:
 def test_values_other_than_text_are_stored_as_json() -> None:
     assert json.loads(FULL.to_props()["retinaserve.labels"])[1] == {"class_id": 7, "label": "traffic light"}
     assert FULL.to_props()["retinaserve.name"] == "shapes é"
+
+
+def test_canvases_labels_and_names_are_bounded() -> None:
+    assert ResizePolicy(4096, 4096).largest_canvas == (4096, 4096)
+    for policy in ((4096, 4097, 32), (800, 10**9, 32), (1, 1, 4097), (5000, 5000, 1)):
+        with pytest.raises(InvalidModel, match="16777216 are allowed"):
+            ResizePolicy(*policy)
+    replace(LEAST, name="é" * 200, labels=tuple(Label(number, str(number)) for number in range(20_000)))
+    for broken in (
+        {"name": "x" * 201},
+        {"name": "line\nbreak"},
+        {"labels": (Label(1, "x" * 201),)},
+        {"labels": (Label(1, "\x1b[31mred"),)},
+        {"labels": tuple(Label(number, str(number)) for number in range(20_001))},
+    ):
+        with pytest.raises(InvalidModel, match="allowed"):
+            replace(LEAST, **broken)
+
+
+def test_metadata_of_many_megabytes_are_refused_unread() -> None:
+    with pytest.raises(InvalidModel, match="characters of metadata"):
+        ModelMetadata.from_props(FULL.to_props() | {"retinaserve.training": "[" * 5_000_000})

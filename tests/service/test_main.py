@@ -17,6 +17,7 @@ import pytest
 
 from service.__main__ import serve
 from service.config import Settings
+from tests.support.faulty_models import write_slow_model
 from tests.support.load import PNG
 from tests.support.serving import ServerProcess, picture, server_process, wait_until
 from tests.support.tiny_model import write_tiny_model
@@ -174,6 +175,13 @@ def test_a_setting_that_cannot_be_used_is_one_line_and_code_2(tmp_path: Path) ->
         assert_one_line_and_code_2(run("--port", port), f"127.0.0.1:{port}: Address already in use")
     missing = str(tmp_path / "none.pem")
     assert_one_line_and_code_2(run("--port", "0", "--ssl-certfile", missing, "--ssl-keyfile", missing), "TLS")
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_warm_in_time_is_one_line_and_code_2(tmp_path: Path) -> None:
+    write_slow_model(tmp_path / "slow.onnx", 3000)
+    finished = run("--port", "0", "--model", str(tmp_path / "slow.onnx"), "--model-load-timeout-seconds", "1")
+    assert_one_line_and_code_2(finished, "not loaded and warmed up within 1 s")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")

@@ -54,12 +54,7 @@ def idle_work(multiplications: int) -> list[onnx.NodeProto]:
         helper.make_node("MatMul", [f"work_{number}", "work_weight"], [f"work_{number + 1}"])
         for number in range(multiplications)
     ]
-    return [
-        *nodes,
-        helper.make_node("ReduceMax", [f"work_{multiplications}"], ["work_end"], keepdims=0),
-        helper.make_node("Mul", ["work_end", "work_naught"], ["work_nothing"]),
-        helper.make_node("Add", [SCORES, "work_nothing"], [LATER]),
-    ]
+    return [*nodes, *adding_nothing(f"work_{multiplications}")]
 
 
 def write_nan_model(path: Path) -> ModelMetadata:
@@ -76,12 +71,13 @@ def write_nan_model(path: Path) -> ModelMetadata:
 
 
 def write_hanging_model(path: Path) -> ModelMetadata:
-    """Write a tiny model that never comes back from a white picture."""
+    """Write a tiny model that comes back from a white picture after many minutes."""
     metadata = ModelMetadata(name="hanging", labels=SHAPES, architecture="4x4 colours", resize=SMALL)
     constants = {
         "nearly_white": np.array(0.999, np.float32),
-        "for_ever": np.array(2**40),
-        "true": np.array(True),
+        "large_side": np.array([4000]),
+        "one_side": np.array([1]),
+        "work_naught": np.array(0, np.float32),
     }
     onnx.save(with_nodes(tiny_graph(metadata, seed=0), hang_on_white(), constants), path)
     return metadata
@@ -100,28 +96,26 @@ def nan_on_white() -> list[onnx.NodeProto]:
     ]
 
 
-def hang_on_white() -> list[onnx.NodeProto]:
-    """A loop of 2^40 turns if the picture is white, else of none."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["going"], ["going_on"]),
-            helper.make_node("Identity", ["carried"], ["carried_on"]),
-        ],
-        "wait",
-        [
-            helper.make_tensor_value_info("turn", onnx.TensorProto.INT64, []),
-            helper.make_tensor_value_info("going", onnx.TensorProto.BOOL, []),
-            helper.make_tensor_value_info("carried", onnx.TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("going_on", onnx.TensorProto.BOOL, []),
-            helper.make_tensor_value_info("carried_on", onnx.TensorProto.FLOAT, None),
-        ],
-    )
-    return [
+def hang_on_white(multiplications: int = 500) -> list[onnx.NodeProto]:
+    """Multiplications of two 4,000 × 4,000 matrices if the picture is white, else of two single numbers."""
+    nodes = [
         helper.make_node("ReduceMin", ["cell_colours"], ["darkest_cell"], keepdims=0),
         helper.make_node("Greater", ["darkest_cell", "nearly_white"], ["all_white"]),
-        helper.make_node("Cast", ["all_white"], ["all_white_number"], to=onnx.TensorProto.INT64),
-        helper.make_node("Mul", ["all_white_number", "for_ever"], ["turns"]),
-        helper.make_node("Loop", ["turns", "true", SCORES], [LATER], body=body),
+        helper.make_node("Where", ["all_white", "large_side", "one_side"], ["work_side"]),
+        helper.make_node("Concat", ["work_side", "work_side"], ["work_shape"], axis=0),
+        helper.make_node("Expand", ["darkest_cell", "work_shape"], ["work_0"]),
+    ]
+    nodes += [
+        helper.make_node("MatMul", [f"work_{number}", "work_0"], [f"work_{number + 1}"])
+        for number in range(multiplications)
+    ]
+    return [*nodes, *adding_nothing(f"work_{multiplications}")]
+
+
+def adding_nothing(work: str) -> list[onnx.NodeProto]:
+    """Nodes that add a nought to the scores, for which `work` has to be done."""
+    return [
+        helper.make_node("ReduceMax", [work], ["work_end"], keepdims=0),
+        helper.make_node("Mul", ["work_end", "work_naught"], ["work_nothing"]),
+        helper.make_node("Add", [SCORES, "work_nothing"], [LATER]),
     ]

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,12 +120,42 @@ def test_a_model_that_fails_its_warm_up_is_not_swapped_in(path: Path) -> None:
     assert store.serving().name == "warm"
 
 
-def test_only_the_file_of_the_hash_asked_for_is_served(path: Path) -> None:
-    store, _ = make_store(path, Opener(), sha256="first" * 8)
-    store.load()
-    replace(path, "second")
-    assert not store.reload()
+def test_a_file_that_is_stuck_is_left_behind_and_the_next_one_loaded(path: Path) -> None:
+    gate, stuck = threading.Event(), []
+
+    def open_detector(path: Path) -> FakeDetector:
+        name = path.read_text()
+        if name == "stuck":
+            gate.wait(30)
+            stuck.append(name)
+        return FakeDetector(name)
+
+    store, metrics = make_store(path, open_detector, load_timeout_seconds=0.2, poll_seconds=0.02)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    replace(path, "stuck")
+    wait_until(lambda: reloads(metrics) == (0, 1))
     assert store.serving().name == "first"
+    replace(path, "third")
+    wait_until(lambda: store.serving().name == "third")
+    gate.set()
+    wait_until(lambda: stuck == ["stuck"])
+    time.sleep(0.1)
+    assert store.serving().name == "third", "what comes too late does not serve"
+    store.close()
+
+
+def test_a_warm_up_without_end_is_a_load_without_end(path: Path) -> None:
+    gate = threading.Event()
+
+    class Endless(FakeDetector):
+        def warm_up(self, max_batch_size: int = 1) -> None:
+            gate.wait(30)
+
+    store, _ = make_store(path, lambda _: Endless(), load_timeout_seconds=0.1)
+    with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+        store.load()
+    gate.set()
 
 
 def test_a_changed_file_is_loaded_by_itself_and_a_bad_one_is_tried_once(path: Path) -> None:
