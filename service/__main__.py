@@ -33,7 +33,7 @@ from service.core.decoders import Decoders
 from service.core.engine import Engine
 from service.core.store import ModelStore
 from service.gpu import sample_gpus
-from service.logs import start_logging
+from service.logs import printable, start_logging
 from service.metrics import Metrics, program_version
 
 logger = logging.getLogger("service")
@@ -219,7 +219,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def failed(reason: str) -> int:
     """Say why in one line."""
-    sys.stderr.write(f"{PROGRAM}: error: {reason}\n")
+    sys.stderr.write(f"{PROGRAM}: error: {printable(reason)}\n")
     return USAGE_ERROR
 
 

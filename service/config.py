@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model.detector import Device
 from model.image import MAX_PIXELS
 from model.pretrained import demo_model
+from service.logs import printable
 
 ENV_PREFIX = "RETINASERVE_"
 PROGRAM = "python -m service"
@@ -32,6 +33,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 CommaSeparated = NoDecode
+ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 MAX_BATCH_IMAGES = 16
 """Of one request."""
@@ -102,7 +104,7 @@ class Settings(BaseSettings):
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], CommaSeparated] = Field(
-        (), description="keys of which a client needs one [open]"
+        (), description="keys of which a client needs one, ASCII without spaces or commas [open]"
     )
     cors_origins: Annotated[tuple[str, ...], CommaSeparated] = Field(
         (), description="web origins that may call it [none]"
@@ -123,7 +125,28 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        if not parts:
+            raise ValueError("it lists nothing: leave it out to mean none")
+        return parts
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_can_be_sent(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(re.fullmatch("[!-~]+", key.get_secret_value()) for key in keys):
+            raise ValueError("keys are of ASCII letters, digits and signs, without spaces: others arrive changed")
+        return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            default_port = {"http": ":80", "https": ":443"}.get(origin.partition(":")[0], " ")
+            if origin != "*" and (not ORIGIN.fullmatch(origin) or origin.endswith(default_port)):
+                raise ValueError(f"{origin!r} is no origin that a browser sends, such as https://app.example or *")
+        return origins
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
@@ -136,7 +159,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message}\n")
+        self.exit(2, f"{PROGRAM}: error: {printable(message)}\n")
 
 
 def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(Settings.model_fields)) -> None:

@@ -35,7 +35,7 @@ class TextLines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{name}={value}" for name, value in fields_of(record).items())
-        return f"{super().formatMessage(record)} {fields}".rstrip()
+        return printable(f"{super().formatMessage(record)} {fields}".rstrip())
 
 
 class Handover(QueueHandler):
@@ -49,6 +49,11 @@ class Handover(QueueHandler):
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
+
+
+def printable(text: str) -> str:
+    """The text with its control characters, line ends among them, spelled out: no file's name shall move a cursor."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:

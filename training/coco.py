@@ -10,6 +10,7 @@ counted; crowds are kept apart, to be ignored. A class-agnostic data set is the 
 
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -141,7 +142,8 @@ def _assemble(
         try:
             size = int(image["height"]), int(image["width"])
             target, bad = _target(annotations.get(image_id, []), size, columns)
-            pictures.append(Picture(image_id, image_folder / str(image["file_name"]), size, target))
+            file = _inside(annotation_file.parent.parent, image_folder / str(image["file_name"]))
+            pictures.append(Picture(image_id, file, size, target))
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidDataSet(f"{annotation_file}, image {image_id}: bad or missing {error}") from error
         dropped += bad
@@ -159,6 +161,13 @@ def _layout(folder: Path, split: Split) -> tuple[Path, Path]:
         if annotation_file.is_file():
             return annotation_file, image_folder
     raise InvalidDataSet(f"there is no {candidates[0][0]} and no {candidates[1][0]}")
+
+
+def _inside(folder: Path, file: Path) -> Path:
+    """The file, which a link may have elsewhere, but no annotation. ValueError: its path leaves the folder."""
+    if not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder)):
+        raise ValueError(f"file_name: {str(file)!r} is outside {folder}")
+    return file
 
 
 def _target(annotations: list[Any], size: tuple[int, int], columns: dict[int, int]) -> tuple[Target, int]:

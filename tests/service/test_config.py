@@ -59,6 +59,15 @@ def test_sizes_take_units_and_lists_take_commas() -> None:
     assert settings.cors_origins == ("https://x",)
 
 
+def test_origins_as_browsers_send_them_are_taken() -> None:
+    origins = ("*", "http://localhost:3000", "https://xn--bcher-kva.example", "http://[::1]:80801")
+    assert parse_settings(["--cors-origins", ",".join(origins)]).cors_origins == origins
+
+
+def test_a_refused_key_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "geheim" not in error_of(capsys, "--api-keys", "geheim ü")
+
+
 def test_keys_do_not_show_when_the_settings_are_logged() -> None:
     assert "geheim" not in str(parse_settings(["--api-keys", "geheim"]).model_dump(mode="json"))
 
@@ -75,6 +84,18 @@ def test_keys_do_not_show_when_the_settings_are_logged() -> None:
         (["--prot", "1"], "unrecognized arguments: --prot 1"),
         (["--queue", "1"], "unrecognized arguments: --queue 1"),
         (["--port"], "expected one argument"),
+        (["--api-keys", ","], "--api-keys (RETINASERVE_API_KEYS): it lists nothing"),
+        (["--api-keys", ""], "it lists nothing"),
+        (["--api-keys", "schlüssel"], "others arrive changed"),
+        (["--api-keys", "good,two words"], "others arrive changed"),
+        (["--api-keys", "tab\tin"], "others arrive changed"),
+        (["--cors-origins", "https://a.example/"], "'https://a.example/' is no origin that a browser sends"),
+        (["--cors-origins", "a.example"], "'a.example' is no origin"),
+        (["--cors-origins", "https://ok.example,null"], "'null' is no origin"),
+        (["--cors-origins", "https://*.example"], "is no origin"),
+        (["--cors-origins", "https://A.example"], "is no origin"),
+        (["--cors-origins", "https://a.example:443"], "is no origin"),
+        (["--cors-origins", "https://bücher.example"], "is no origin"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:

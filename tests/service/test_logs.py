@@ -147,3 +147,13 @@ def test_standard_error_that_nobody_reads_any_more_ends_nothing() -> None:
     os.close(read_end)
     out, _ = process.communicate("", timeout=60)
     assert out == "waiting: 0\n"
+
+
+def test_line_ends_and_escapes_in_what_is_logged_are_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    listener = start_logging("text", "info")
+    logging.getLogger("x").info("model %s", "a\nERROR forged", extra={"fields": {"name": "\x1b[2J"}})
+    listener.stop()
+    [line] = stream.getvalue().splitlines()
+    assert line.endswith("INFO model a\\nERROR forged name=\\x1b[2J")
