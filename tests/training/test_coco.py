@@ -60,6 +60,18 @@ def test_boxes_are_cut_to_the_picture_and_those_without_area_are_dropped_and_cou
     assert data_set.dropped_boxes == 3
 
 
+def test_pictures_may_lie_anywhere_in_the_folder_and_links_lead_anywhere(tmp_path: Path) -> None:
+    folder = write_data_set(tmp_path / "data")
+    Image.new("RGB", (20, 30), "blue").save(tmp_path / "elsewhere.png")
+    (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    size = {"height": 30, "width": 20}
+    names = ("../../link.png", "sub/../a.png", str(folder / "images" / "train" / "a.png"))
+    images = [{"id": number, "file_name": name} | size for number, name in enumerate(names)]
+    (folder / "images" / "train" / "sub").mkdir()
+    data_set = load_coco(write_data_set(folder, images=images, annotations=[]), "train")
+    assert [data_set.read(index).shape for index in range(3)] == [(30, 20, 3)] * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -71,6 +83,8 @@ def test_boxes_are_cut_to_the_picture_and_those_without_area_are_dropped_and_cou
         ({"annotations": [{"image_id": 11, "category_id": 3, "bbox": [1, 2]}]}, "image 11"),
         ({"images": [{"id": 11, "file_name": "b.png"}]}, "height"),
         ({"annotations": None}, "not COCO JSON"),
+        ({"images": [{"id": 11, "file_name": "../../../b.png", "height": 4, "width": 6}]}, "image 11: .*is outside"),
+        ({"images": [{"id": 11, "file_name": "/etc/passwd", "height": 4, "width": 6}]}, "'/etc/passwd' is outside"),
     ],
 )
 def test_a_malformed_annotation_file_is_refused_in_one_line(
