@@ -2,9 +2,10 @@
 
 In: image files, and folders searched for images: what ends like one, or begins like one. Out: COCO results JSON (boxes
 xywh in pixels of the upright picture; `image_id` is the file's stem where that is an integer, else its name), and the
-pictures with the boxes drawn. Files are written under a temporary name and renamed.
+pictures with the boxes drawn. Files are written under a temporary name and renamed; none of them replaces a file that
+is read. A file that is not read or not drawn, for whatever reason, does not keep the others from it.
 
-Exit codes: 0, 1 if some files could not be read, 2 if nothing could be done.
+Exit codes: 0, 1 if some files could not be read or drawn, 2 if nothing could be done.
 """
 
 import argparse
@@ -24,9 +25,17 @@ from model.image import InvalidImage, decode_image
 from model.metadata import InvalidModel
 from model.types import Detections, Pixels, coco_results
 from service.config import PROGRAM, OneLineParser, Settings, add_setting_flags, read_settings
-from service.drawing import draw, encode_picture
+from service.drawing import SideTooLong, draw, encode_picture
+from service.logs import printable
+from service.outputs import check_outputs
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
+MAX_BYTES_PER_PIXEL = 8
+"""16 bits of red, green, blue and alpha; no format needs more."""
+MAX_OTHER_BYTES = 64 * 2**20
+"""What a file may hold besides its pixels."""
+FORESEEN = (InvalidImage, InferenceFailed, SideTooLong, OSError)
+"""Why a file cannot be read or drawn; anything else is a bug, and its kind is named."""
 SETTINGS = (
     "model", "device", "threads", "gpu_memory_limit_bytes", "score_threshold", "nms_threshold", "max_detections",
     "max_image_pixels",
@@ -39,21 +48,26 @@ def main(arguments: Sequence[str]) -> int:
     settings = read_settings(parser, given)
     try:
         files, left_out = find_images(given.images)
+        drawings = [] if given.draw is None else [drawing_of(given.draw / name) for _, name in files]
+        results_file = [] if given.out is None else [given.out]
+        check_outputs([*(path for path, _ in files), settings.model_file], [*drawings, *results_file])
+        for path in results_file:
+            path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written shall be told before the work
         detector = Detector(
             settings.model_file,
             device=settings.device,
             threads=settings.threads,
             gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
         )
-        results, unreadable = detect_files(detector, files, settings, given.draw)
+        results, failed = detect_files(detector, files, settings, drawings)
         _write_results(results, given.out)
     except (InvalidModel, DeviceUnavailable, OSError, ValueError) as error:
         parser.error(str(error))
     if left_out:
-        sys.stderr.write(f"{left_out.total()} files were left out: {_counts(left_out)}\n")
-    if unreadable:
-        sys.stderr.write(f"{len(unreadable)} of {len(files)} files could not be read\n")
-    return 1 if unreadable else 0
+        sys.stderr.write(printable(f"{left_out.total()} files were left out: {_counts(left_out)}") + "\n")
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {len(files)} files could not be read or drawn\n")
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,47 +129,61 @@ def _but(kinds: collections.Counter[str]) -> str:
 
 
 def detect_files(
-    detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, draw_folder: Path | None
+    detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, drawings: Sequence[Path] = ()
 ) -> tuple[list[dict[str, Any]], list[Path]]:
-    """COCO results of all files, and the files that could not be read. ValueError: two files have one image_id."""
+    """COCO results of all files, and the files that could not be read or drawn. `drawings`: where to, one for each
+    file, or none at all. ValueError: two files have one image_id."""
     results: list[dict[str, Any]] = []
-    unreadable: list[Path] = []
+    failed: list[Path] = []
     owners: dict[int | str, Path] = {}
     for path, _ in files:
         if (owner := owners.setdefault(image_id_of(path), path)) != path:
             raise ValueError(f"{owner} and {path} would have the same image_id {image_id_of(path)!r}")
     with tqdm(files, unit="image", disable=None) as progress:
-        for path, name in progress:
+        for number, (path, _) in enumerate(progress):
             try:
-                pixels = decode_image(path.read_bytes(), max_pixels=settings.max_image_pixels)
+                pixels = decode_image(read_image(path, settings), max_pixels=settings.max_image_pixels)
                 detections = detector.detect(
                     pixels,
                     score_threshold=settings.score_threshold,
                     nms_threshold=settings.nms_threshold,
                     max_detections=settings.max_detections,
                 )
-            except (InvalidImage, InferenceFailed, OSError) as error:
-                progress.write(f"{path}: {error}", file=sys.stderr)
-                unreadable.append(path)
-                continue
-            results += coco_results(image_id_of(path), detections)
-            if draw_folder is not None:
-                _write_drawing(draw_folder / name, pixels, detections, detector)
-    return results, unreadable
+                results += coco_results(image_id_of(path), detections)
+                if drawings:
+                    _write_drawing(drawings[number], pixels, detections, detector)
+            except Exception as error:  # the boundary of one file: whatever it is, the others' results are kept
+                reason = str(error) if isinstance(error, FORESEEN) else repr(error)
+                progress.write(printable(f"{path}: {reason}"), file=sys.stderr)
+                failed.append(path)
+    return results, failed
+
+
+def read_image(path: Path, settings: Settings) -> bytes:
+    """The file's bytes. InvalidImage: it is no regular file, or larger than any picture of the allowed pixels."""
+    if not path.is_file():
+        raise InvalidImage("it is no regular file")
+    max_bytes = settings.max_image_pixels * MAX_BYTES_PER_PIXEL + MAX_OTHER_BYTES
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise InvalidImage(f"it has more than {max_bytes} bytes, which no picture needs that is allowed")
+    return data
 
 
 def image_id_of(path: Path) -> int | str:
     return int(path.stem) if path.stem.isdecimal() else path.name
 
 
+def drawing_of(path: Path) -> Path:
+    """Where a picture of this name is drawn to: a JPEG's name is kept, others get .png added."""
+    return path if path.suffix.lower() in JPEG_SUFFIXES else path.with_name(path.name + ".png")
+
+
 def _write_drawing(path: Path, pixels: Pixels, detections: Detections, detector: Detector) -> None:
-    """JPEG for a JPEG's name, else PNG with .png added to the name."""
     names = {label.class_id: label.label for label in detector.metadata.labels}
     picture = draw(pixels, detections, names)
-    if path.suffix.lower() in JPEG_SUFFIXES:
-        _write(path, encode_picture(picture, "jpeg"))
-    else:
-        _write(path.with_name(path.name + ".png"), encode_picture(picture, "png"))
+    _write(path, encode_picture(picture, "jpeg" if path.suffix.lower() in JPEG_SUFFIXES else "png"))
 
 
 def _write_results(results: list[dict[str, Any]], path: Path | None) -> None:

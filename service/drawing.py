@@ -43,6 +43,8 @@ def check_sides(size: tuple[int, int], picture_format: PictureFormat) -> None:
 
 
 def encode_picture(picture: Image.Image, picture_format: PictureFormat) -> bytes:
+    """The picture as a file. SideTooLong: this format cannot hold it."""
+    check_sides((picture.height, picture.width), picture_format)
     buffer = io.BytesIO()
     if picture_format == "png":
         picture.save(buffer, "PNG", compress_level=1)

@@ -1,6 +1,9 @@
 """`python -m service detect`: files in, COCO results and drawings out."""
 
+import contextlib
+import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,96 @@ def test_what_cannot_be_done_is_one_line_and_code_2(
         assert exit_.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and says in error
+
+
+def keeps_its_files(folder: Path, *arguments: str) -> str:
+    """Run what must be refused: code 2, one line, which is returned, and every file as it was."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as exit_, contextlib.redirect_stderr(said):
+        main(["detect", *arguments])
+    assert exit_.value.code == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert said.getvalue().count("\n") == 1
+    return said.getvalue()
+
+
+def test_no_output_replaces_an_input(tmp_path: Path, model: str, folder: Path) -> None:
+    hard, soft, mirror = tmp_path / "hard.json", tmp_path / "soft.json", tmp_path / "mirror"
+    hard.hardlink_to(folder / "000042.png")
+    soft.symlink_to(folder / "deep" / "cat.jpg")
+    mirror.symlink_to(folder)
+    (folder / "000042.png.png").write_bytes(picture(30, 30))
+    for outputs in (
+        ["--draw", str(folder)],
+        ["--draw", str(mirror)],
+        ["--draw", str(folder / "deep" / "..")],
+        ["--out", str(folder / "deep" / "cat.jpg")],
+        ["--out", str(hard)],
+        ["--out", str(soft)],
+        ["--out", model],
+    ):
+        said = keeps_its_files(tmp_path, str(folder), "--model", model, *outputs)
+        assert "is one of the files that are read: write elsewhere" in said
+    said = keeps_its_files(tmp_path, str(folder / "000042.png"), "--out", str(folder / "000042.png"), "--model", model)
+    assert "is one of the files that are read" in said
+
+
+def test_outputs_are_files_and_not_each_other(tmp_path: Path, model: str, folder: Path) -> None:
+    arguments = (str(folder / "deep" / "cat.jpg"), "--model", model)
+    assert "no regular file" in keeps_its_files(tmp_path, *arguments, "--out", str(folder))
+    assert "no regular file" in keeps_its_files(tmp_path, *arguments, "--out", "/dev/null")
+    twice = ("--draw", str(tmp_path / "d"), "--out", str(tmp_path / "d" / "cat.jpg"))
+    assert "would be written twice" in keeps_its_files(tmp_path, *arguments, *twice)
+
+
+def test_a_device_or_a_pipe_or_a_giant_is_not_read_and_the_others_are(
+    tmp_path: Path, model: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "giant.bmp").open("wb") as giant:
+        giant.truncate(10**12)
+    out = tmp_path / "results.json"
+    strange = ["/dev/zero", str(tmp_path / "pipe.jpg"), str(tmp_path / "giant.bmp")]
+    arguments = ["--model", model, "--out", str(out), "--max-image-pixels", "100000"]
+    assert main(["detect", *strange, str(folder), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.count("it is no regular file") == 2 and said.count("it has more than 67908864 bytes") == 1
+    assert "3 of 5 files could not be read or drawn" in said
+    assert {result["image_id"] for result in json.loads(out.read_text())} == {42, "cat.jpg"}
+
+
+def test_a_drawing_that_cannot_be_written_or_a_bug_costs_no_other_file(
+    tmp_path: Path, model: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = folder / "long.jpg"
+    long.write_bytes(picture(500, 8, kind="JPEG"))
+    monkeypatch.setattr("service.drawing.MAX_JPEG_SIDE", 400)
+    out, decode = tmp_path / "results.json", decode_image
+
+    def sometimes(data: bytes, **options: int) -> object:
+        pixels = decode(data, **options)
+        if pixels.shape[:2] == (200, 64):
+            raise RuntimeError("a bug")
+        return pixels
+
+    monkeypatch.setattr("service.detect.decode_image", sometimes)
+    assert main(["detect", str(folder), "--model", model, "--out", str(out), "--draw", str(tmp_path / "d")]) == 1
+    said = capsys.readouterr().err
+    assert "cat.jpg: RuntimeError('a bug')" in said and "long.jpg: a JPEG's sides are at most 400" in said
+    assert {result["image_id"] for result in json.loads(out.read_text())} == {42, "long.jpg"}
+    assert (tmp_path / "d" / "000042.png.png").exists()
+
+
+def test_control_characters_in_names_are_shown_as_text(
+    tmp_path: Path, model: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2Jred\u202e\n\udcff.png"
+    (folder / evil).write_bytes(b"no picture")
+    assert main(["detect", str(folder), "--model", model, "--out", str(tmp_path / "results.json")]) == 1
+    said = capsys.readouterr().err
+    assert "\\x1b[2Jred\\u202e\\n\\udcff.png: " in said and "\x1b" not in said
+    (folder / "one\x1b.png.\x1b[0m").write_bytes(b"x")
+    for arguments in ([str(folder / "\x1b[31mnone")], [str(folder), "--\x1b"]):
+        said = keeps_its_files(tmp_path, *arguments, "--model", model)
+        assert "\\x1b" in said and "\x1b" not in said

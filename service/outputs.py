@@ -1,0 +1,27 @@
+"""What a command may write: no output of it replaces anything that it reads, and nothing that is no regular file."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """ValueError: an output is an input, by whatever path or link, is another output, or is there and is no file."""
+    kept = {identity for path in inputs if (identity := _identity(path)) is not None}
+    taken: set[Path] = set()
+    for output in outputs:
+        if _identity(output) in kept:
+            raise ValueError(f"{output} is one of the files that are read: write elsewhere")
+        if output.exists() and not output.is_file():
+            raise ValueError(f"{output} is there and is no regular file: write elsewhere")
+        if (place := output.resolve()) in taken:
+            raise ValueError(f"{output} would be written twice: write elsewhere")
+        taken.add(place)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells one file from another, whatever its names; None: there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
