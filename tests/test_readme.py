@@ -45,3 +45,15 @@ def test_every_file_that_the_readme_links_exists() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_test_and_setting_that_the_security_page_names_exists() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(?:…|test_\w+\.py)::(test_\w+)`", page))
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in source] == []
+    files = set(re.findall(r"`(test_\w+\.py)[`:]", page))
+    assert [name for name in files if not list((ROOT / "tests").rglob(name))] == []
+    settings = set(re.findall(r"`(--[a-z0-9-]+)", page)) - {"--draw", "--out"}
+    assert settings <= {flag(name) for name in Settings.model_fields}
