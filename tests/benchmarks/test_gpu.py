@@ -62,13 +62,15 @@ def test_results_are_on_the_disk_at_once_and_become_tables(tmp_path: Path) -> No
     path = tmp_path / "gpu.jsonl"
     report = Report(path, "options")
     report.table("batch", "ms")
+    report.note("on the device")
     report.add(1, 2.5)
     report.attempt([8], lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    assert [json.loads(line)["section"] for line in path.read_text().splitlines()] == ["options"] * 3
+    assert [json.loads(line)["section"] for line in path.read_text().splitlines()] == ["options"] * 4
     report.end(3.21, "stopped: the time was up")
     assert "\n".join(markdown(lines(path))).splitlines() == [
         "", "## options", "", "| batch | ms |", "|---|---|", "| 1 | 2.5 |",
-        "| 8 | failed: ZeroDivisionError: division by zero |", "", "**stopped: the time was up**, after 3.2 s",
+        "| 8 | failed: ZeroDivisionError: division by zero |", "", "on the device", "",
+        "**stopped: the time was up**, after 3.2 s",
     ]  # fmt: skip
     assert report.tables("options") == [[{"batch": 1, "ms": 2.5}, {"batch": 8, "ms": "failed: ZeroDivisionError: "
                                                                                     "division by zero"}]]  # fmt: skip

@@ -70,9 +70,13 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def markdown(found: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """Draw the tables in the order in which they were made."""
+    """Draw the tables in the order in which they were made, each with its notes below."""
     section, width = None, 0
+    notes: list[str] = []
     for line in found:
+        if "row" not in line and "note" not in line:
+            yield from notes
+            notes = []
         if line["section"] != section:
             section = line["section"]
             yield f"\n## {section}"
@@ -83,11 +87,12 @@ def markdown(found: Iterator[dict[str, Any]]) -> Iterator[str]:
             case {"row": row}:
                 yield "| " + " | ".join(str(value) for value in [*row, *[""] * (width - len(row))]) + " |"
             case {"note": text}:
-                yield f"\n{text}"
+                notes.append(f"\n{text}")
             case {"failure": text, "seconds": seconds}:
                 yield f"\n**{text}**, after {seconds} s"
             case {"seconds": seconds}:
                 yield f"\n(took {seconds} s)"
+    yield from notes
 
 
 def one_line(error: BaseException) -> str:

@@ -153,25 +153,28 @@ def copies(plan: Plan, report: Report, best: CudaOptions) -> None:
     report.table("batch", "copy", "ms", "MB")
     for batch in plan.batches[:2]:
         session = Bound(plan.model_bytes(), plan, InputShape(batch, *plan.canvases[0]), best)
-        target = session.inputs["images"]
-        ordinary = target.numpy().copy()
-        served = host_memory(ordinary.shape, np.uint8, plan.device).numpy()
-        answers = list(session.outputs.values())
-        hosts = [host_memory(each.shape(), each.numpy().dtype.type, plan.device) for each in answers]
-        for name, copy, size in _copies(target, ordinary, served, answers, hosts):
-            seconds = median_seconds(plan.seconds / 2, copy)[0]
-            report.add(batch, name, milliseconds(seconds), round(size / 1e6, 2))
+        for name, (copy, size) in _copies(plan, session).items():
+            report.attempt([batch, name], partial(_copied, plan, copy, size))
     report.note(f"page-locked memory is {'' if page_locked(plan.device) else 'not '}offered by ONNX Runtime")
 
 
-def _copies(
-    target: ort.OrtValue, ordinary: Any, served: Any, answers: list[ort.OrtValue], hosts: list[ort.OrtValue]
-) -> list[tuple[str, Callable[[], object], int]]:
-    size = sum(each.numpy().nbytes for each in answers)
-    return [
-        ("upload from ordinary memory", partial(target.update_inplace, ordinary), ordinary.nbytes),
-        ("upload from memory as served", partial(target.update_inplace, served), ordinary.nbytes),
-        ("lay into memory as served", partial(np.copyto, served, ordinary), ordinary.nbytes),
-        ("read the answers to ordinary memory", lambda: [each.numpy() for each in answers], size),
-        ("read the answers to memory as served", lambda: ort.copy_tensors(answers, hosts), size),
-    ]
+def _copies(plan: Plan, session: Bound) -> dict[str, tuple[Callable[[], object], int]]:
+    target, answers = session.inputs["images"], list(session.outputs.values())
+    ordinary = target.numpy().copy()
+    served = host_memory(ordinary.shape, np.uint8, plan.device).numpy()
+    read = [each.numpy() for each in answers]
+    size = sum(each.nbytes for each in read)
+    found: dict[str, tuple[Callable[[], object], int]] = {
+        "upload from ordinary memory": (partial(target.update_inplace, ordinary), ordinary.nbytes),
+        "upload from memory as served": (partial(target.update_inplace, served), ordinary.nbytes),
+        "lay into memory as served": (partial(np.copyto, served, ordinary), ordinary.nbytes),
+        "read the answers to ordinary memory": (lambda: [each.numpy() for each in answers], size),
+    }
+    if page_locked(plan.device):
+        hosts = [host_memory(each.shape, each.dtype.type, plan.device) for each in read]
+        found["read the answers to memory as served"] = (partial(ort.copy_tensors, answers, hosts), size)
+    return found
+
+
+def _copied(plan: Plan, copy: Callable[[], object], size: int) -> list[float]:
+    return [milliseconds(median_seconds(plan.seconds / 2, copy)[0]), round(size / 1e6, 2)]
