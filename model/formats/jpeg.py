@@ -18,6 +18,7 @@ from PIL import Image, JpegImagePlugin
 
 from model.formats import InvalidImage, check_pixels
 from model.formats.exif import orientation_in
+from model.formats.pillow import rgb_of
 from model.types import Pixels
 
 MAX_SCANS = 200
@@ -248,4 +249,4 @@ def _decode_any_sampling(structure: Structure) -> Pixels:
 
 def _decode_with_pillow(data: bytes) -> Pixels:
     with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
+        return rgb_of(image)

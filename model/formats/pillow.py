@@ -4,20 +4,32 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import AvifImagePlugin, GifImagePlugin, ImageFile, WebPImagePlugin
+from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageFile, WebPImagePlugin
 
 from model.formats import check_pixels
 from model.formats.exif import orientation_in
 from model.types import Pixels
 
 Reader = Callable[[bytes, int], tuple[Pixels, object]]
+BAND_PIXELS = 1 << 20
+
+
+def rgb_of(image: Image.Image) -> Pixels:
+    """The pixels, writable. Band by band: converted as a whole, a large picture would be in memory three times."""
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
 
 
 def _reader(plugin: type[ImageFile.ImageFile]) -> Reader:
     def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
         with plugin(io.BytesIO(data)) as image:
             check_pixels(image.width, image.height, max_pixels)
-            return np.array(image.convert("RGB")), orientation_in(image.info.get("exif"))
+            return rgb_of(image), orientation_in(image.info.get("exif"))
 
     return read
 

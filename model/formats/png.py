@@ -14,6 +14,7 @@ from PIL import PngImagePlugin
 
 from model.formats import InvalidImage, check_pixels
 from model.formats.exif import orientation_in
+from model.formats.pillow import rgb_of
 from model.types import Pixels
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -45,7 +46,7 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
         if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2), orientation_in(exif)
-        return np.array(image.convert("RGB")), orientation_in(exif)
+        return rgb_of(image), orientation_in(exif)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:

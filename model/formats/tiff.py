@@ -13,6 +13,7 @@ import numpy as np
 from PIL import TiffImagePlugin
 
 from model.formats import InvalidImage, TooManyPixels, check_pixels
+from model.formats.pillow import rgb_of
 from model.formats.tiff_blocks import BAND_BYTES, Grid, decompressed, rows_of
 from model.formats.tiff_samples import Layout, to_rgb
 from model.formats.tiff_tags import (
@@ -140,7 +141,7 @@ def _read_samples(file: File, directory: Directory, grid: Grid, layout: Layout) 
 def _read_with_pillow(data: bytes) -> Pixels:
     """What only libtiff reads as pixels. It knows these kinds by 1 or 8 bits."""
     with _StoredTiff(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
+        return rgb_of(image)
 
 
 class _StoredTiff(TiffImagePlugin.TiffImageFile):

@@ -1,0 +1,138 @@
+"""Pictures that take much memory or time, legal or not, beside a good client: it keeps its service, and the memory of
+the service and its children stays within its bound and comes back."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.load import connected, request_head
+from tests.support.serving import ServerProcess, picture, server_process, wait_until
+
+GIB = 2**30
+SETTLED = 200 * 2**20
+"""What may stay in the allocators' hands."""
+
+
+def memory(process: psutil.Process) -> int:
+    """Bytes of the service and its children, each shared page counted once."""
+    total = 0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += each.memory_full_info().pss
+    return total
+
+
+@dataclass
+class Watch:
+    """What a good client and a probe see, and the memory, while an attack goes on."""
+
+    server: ServerProcess
+    highest: int = 0
+    slowest_answer: float = 0
+    slowest_probe: float = 0
+
+    def look(self, until: threading.Event) -> None:
+        process = psutil.Process(self.server.process.pid)
+        with httpx.Client(base_url=self.server.url, timeout=60) as client:
+            while not until.is_set():
+                self.highest = max(self.highest, memory(process))
+                started = time.perf_counter()
+                assert client.get("/healthz").status_code == 200
+                probed = time.perf_counter()
+                good = picture(90, 60, kind="JPEG")
+                answer = client.post("/detect", content=good, headers={"Content-Type": "image/jpeg"})
+                assert answer.status_code == 200, answer.text
+                self.slowest_probe = max(self.slowest_probe, probed - started)
+                self.slowest_answer = max(self.slowest_answer, time.perf_counter() - probed)
+
+
+@contextlib.contextmanager
+def watched(server: ServerProcess) -> Iterator[Watch]:
+    watch, over = Watch(server), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(watch.look, over)
+        try:
+            yield watch
+        finally:
+            over.set()
+        looking.result(120)
+
+
+def ask(server: ServerProcess, image: bytes, accept: str = "application/json") -> int:
+    headers = {"Content-Type": "application/octet-stream", "Accept": accept}
+    return httpx.post(server.url + "/detect", content=image, headers=headers, timeout=120).status_code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "width", "height", "accept"),
+    [
+        ("PNG", 7000, 7000, "application/json"),
+        ("WEBP", 7000, 7000, "application/json"),
+        ("BMP", 500, 12_000, "application/json"),
+        ("PNG", 1, 40_000_000, "application/json"),
+        ("PNG", 7000, 7000, "image/jpeg"),
+    ],
+)
+def test_large_legal_pictures_stay_within_the_memory_and_keep_nobody_waiting(
+    tmp_path: Path, kind: str, width: int, height: int, accept: str
+) -> None:
+    image = picture(width, height, kind=kind)
+    flags = ("--decode-threads", "2", "--threads", "1", "--request-timeout-seconds", "60")
+    with server_process(tmp_path, *flags) as server, ThreadPoolExecutor(6) as pool:
+        ask(server, picture(90, 60))  # the children have started
+        rest = memory(process := psutil.Process(server.process.pid))
+        with watched(server) as watch:
+            statuses = list(pool.map(lambda _: ask(server, image, accept), range(6)))
+        assert set(statuses) <= {200, 429, 504}, statuses
+        assert 200 in statuses
+        assert watch.highest - rest <= GIB, f"{(watch.highest - rest) / 2**20:.0f} MiB"
+        assert watch.slowest_probe <= 1
+        assert watch.slowest_answer <= 5
+        left = [0]
+
+        def is_back() -> bool:
+            left[0] = memory(process) - rest
+            return left[0] <= SETTLED
+
+        wait_until(is_back)
+
+
+@pytest.mark.slow
+def test_after_a_504_nothing_of_it_runs_on(tmp_path: Path) -> None:
+    image = picture(7000, 7000, kind="WEBP")
+    flags = ("--decode-threads", "1", "--threads", "1", "--request-timeout-seconds", "0.3")
+    with server_process(tmp_path, *flags) as server:
+        assert ask(server, image) == 504
+        process = psutil.Process(server.process.pid)
+
+        def cpu_seconds() -> float:
+            return sum(sum(each.cpu_times()[:2]) for each in (process, *process.children()))
+
+        wait_until(lambda: len(process.children()) == 1)
+        ask(server, picture(90, 60, kind="PNG"))  # the new child has started
+        before = cpu_seconds()
+        time.sleep(1)
+        assert cpu_seconds() - before < 0.2
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_service_though_a_decode_runs_and_its_client_has_gone(tmp_path: Path) -> None:
+    image = picture(7000, 7000, kind="WEBP")
+    flags = ("--decode-threads", "1", "--threads", "1", "--drain-delay-seconds", "0")
+    with server_process(tmp_path, *flags) as server:
+        children = psutil.Process(server.process.pid).children()
+        with connected(server.url) as leaving:
+            leaving.sendall(request_head(len(image)) + image)
+            time.sleep(0.2)
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+        wait_until(lambda: not any(child.is_running() for child in children))
