@@ -62,6 +62,10 @@ def test_a_replica_is_killed_only_after_its_longest_drain() -> None:
     assert int(SERVICE["stop_grace_period"].removesuffix("s")) > longest
 
 
+def test_the_number_of_replicas_is_a_setting() -> None:
+    assert SERVICE["deploy"]["replicas"] == "${REPLICAS:-1}"
+
+
 def test_uploads_fit_the_scratch_space() -> None:
     [size] = re.findall(r"/tmp:size=(\d+)m", SERVICE["tmpfs"][0])
     assert int(size) * MIB > default("max_upload_bytes_in_flight")
