@@ -12,7 +12,7 @@ from service.config import MIB, Settings
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PROXY = (ROOT / "docker" / "haproxy.cfg").read_text()
+PROXY = (ROOT / "docker" / "haproxy" / "haproxy.cfg").read_text()
 SERVICE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["service"]
 
 
