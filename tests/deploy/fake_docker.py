@@ -1,6 +1,6 @@
 """A stand-in for the `docker` command, as far as docker/roll.sh uses it: the project's containers in a JSON file.
 
-`$FAKE_DOCKER` names the file: {"services": {name: replicas}, "images": {name: id}, "containers": [...], "calls": [...]}; a
+`$FAKE_DOCKER` names the file: {"services": {name: replicas}, "images": {name: id}, "containers": [], "calls": []}; a
 container is {"id", "service", "image", "state", "health"}. "broken": services whose new containers restart again and
 again; "good": so many new containers start, and none after.
 """
