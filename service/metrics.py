@@ -4,6 +4,7 @@
 Stage and request durations are observed for images and requests that were answered.
 """
 
+import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -110,10 +111,13 @@ class Metrics:
         self.requests_running = gauge("requests_running", "Images on the device now.")
 
         self.model_info = info("model", "The model that serves.")
-        info("build", "The program that serves.").info({"version": program_version()})
+        info("build", "The program that serves, and where: the container's id or the pod's name.").info(
+            {"version": program_version(), "replica": socket.gethostname()}
+        )
         self.ready = gauge("ready", "1 while /readyz answers 200.")
         self.provider_fallback = gauge("provider_fallback", "1 if a GPU was wanted and the CPU computes.")
         self.model_load_seconds = gauge("model_load_seconds", "Time to open and verify the model that serves.")
+        self.model_wanted_differs = gauge("model_wanted_differs", "1 while what serves is not the file that is wanted.")
         self.warmup_seconds = gauge("warmup_seconds", "Time to warm up the model that serves.")
         self.model_reloads = counter("model_reloads_total", "Reloads of the model.", ["outcome"])
         self.device_errors = counter("device_errors_total", "Runs that failed.", ["kind"])

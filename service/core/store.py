@@ -3,8 +3,8 @@
 One thread, "model loader", has the file opened, verified and warmed up aside, and only then swaps it in by one
 assignment. It waits for that no longer than a deadline: a thread of its own opens each file, and one that is stuck is
 left behind. Jobs hold on to the `LoadedModel` they began with, so batches in flight finish on the old one. A bad file
-leaves the old one serving. The loader looks for a changed file (same size, time and inode over two polls, so
-half-copied files are left alone) and reloads on request.
+leaves the old one serving. The loader looks for a changed file (the same over two polls, so half-copied files are left
+alone), tries one that failed again (`wanted`), and reloads on request.
 """
 
 import logging
@@ -23,6 +23,7 @@ from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
 from model.runtime.session import CPU
 from service.core.refusals import Refusal
+from service.core.wanted import FIRST_RETRY_SECONDS, Stamp, Wanted
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class ModelStore:
         load_timeout_seconds: float | None = None,
         poll_seconds: float = 0,
         max_batch_size: int | None = None,
+        first_retry_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
         self._path = path
         self._open_detector = open_detector
@@ -77,9 +79,12 @@ class ModelStore:
         self._load_timeout_seconds = load_timeout_seconds
         self._poll_seconds = poll_seconds
         self._max_batch_size = max_batch_size
+        self._first_retry_seconds = first_retry_seconds
         self._wake = threading.Event()
         self._reload_asked = False
         self._closing = False
+        self._last_failure = ""
+        """Logged already."""
         self.current: LoadedModel | None = None
         self.device_fault: str | None = None
         """Why the device can serve no more, for the rest of the process's life."""
@@ -134,9 +139,12 @@ class ModelStore:
             self.load()
         except Exception as error:  # the loader's boundary: it must outlive any file, and look for the next
             unforeseen = not isinstance(error, FORESEEN)
-            logger.error("the model was not reloaded, the old one serves on: %s", error, exc_info=unforeseen)
+            level = logging.DEBUG if str(error) == self._last_failure else logging.ERROR
+            logger.log(level, "the model was not reloaded, the old one serves on: %s", error, exc_info=unforeseen)
+            self._last_failure = str(error)
             self._metrics.model_reloads.labels("failure").inc()
             return False
+        self._last_failure = ""
         self._metrics.model_reloads.labels("success").inc()
         return True
 
@@ -162,7 +170,7 @@ class ModelStore:
             logger.warning("CUDA was wanted and cannot be used: the model runs on the CPU")
 
     def _live(self, on_failure: Callable[[str], None], on_loaded: Callable[[], None]) -> None:
-        tried = seen = self._stamp()
+        wanted = Wanted(self._stamp(), self._first_retry_seconds)
         try:
             self.load()
         except Exception as error:  # a boundary: end with the reason, do not sit there unready
@@ -172,25 +180,27 @@ class ModelStore:
             return
         on_loaded()
         while True:
-            self._wake.wait(self._poll_seconds or None)
+            self._wake.wait(wanted.seconds_to_wait(self._poll_seconds, time.monotonic()))
             self._wake.clear()
             if self._closing:
                 return
             stamp = self._stamp()
-            settled = stamp is not None and stamp == seen and stamp != tried
-            if self._reload_asked or settled:
+            self._metrics.model_wanted_differs.set(stamp != wanted.served)
+            if wanted.is_due(stamp, time.monotonic()) or self._reload_asked:
                 self._reload_asked = False
-                self.reload()
-                tried = stamp
-            seen = stamp
+                if self.reload():
+                    wanted.loaded(stamp)
+                    self._metrics.model_wanted_differs.set(0)
+                else:
+                    wanted.failed(stamp, time.monotonic())
 
-    def _stamp(self) -> tuple[int, int, int] | None:
-        """What tells one version of the file from the next; None while there is no file."""
+    def _stamp(self) -> Stamp:
+        """What tells one version of the file from the next, its rights too; None while there is none to be seen."""
         try:
             status = os.stat(self._path)  # noqa: PTH116
         except OSError:
             return None
-        return status.st_size, status.st_mtime_ns, status.st_ino
+        return status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode, status.st_uid, status.st_gid
 
 
 def _in_time(call: Callable[[], Value], seconds: float | None) -> Value:

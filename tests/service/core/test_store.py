@@ -177,6 +177,59 @@ def test_a_changed_file_is_loaded_by_itself_and_a_bad_one_is_tried_once(path: Pa
     assert opener.opened == ["first", "second", "bad", "third"]
 
 
+def differs(metrics: Metrics) -> bool:
+    return metrics.registry.get_sample_value("retinaserve_model_wanted_differs") == 1
+
+
+def test_a_link_that_leads_nowhere_is_a_failure_as_long_as_it_lasts(tmp_path: Path) -> None:
+    (tmp_path / "first.onnx").write_text("first")
+    link = tmp_path / "current.onnx"
+    link.symlink_to("first.onnx")
+    store, metrics = make_store(link, Opener(), poll_seconds=0.02)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    (tmp_path / "next").symlink_to("typo.onnx")
+    (tmp_path / "next").rename(link)
+    wait_until(lambda: reloads(metrics) == (0, 1))
+    assert differs(metrics)
+    assert store.serving().name == "first"
+    for _ in range(3):
+        wait_until_polled(store)
+    assert (reloads(metrics), differs(metrics)) == ((0, 1), True)
+    (tmp_path / "next").symlink_to("first.onnx")
+    (tmp_path / "next").rename(link)
+    wait_until(lambda: not differs(metrics))
+    store.close()
+
+
+def test_changed_rights_are_a_change(path: Path) -> None:
+    opener = Opener()
+    store, _ = make_store(path, opener, poll_seconds=0.02)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    path.chmod(0o640)
+    wait_until(lambda: opener.opened == ["first", "first"])
+    store.close()
+
+
+def test_a_failure_that_passes_is_mended_by_itself_and_logged_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opener = Opener()
+    store, metrics = make_store(path, opener, poll_seconds=0.02, first_retry_seconds=0.02)
+    store.start(pytest.fail)
+    wait_until(lambda: store.current is not None)
+    opener.errors.extend([InferenceFailed("out of memory") for _ in range(3)])
+    replace(path, "second")
+    wait_until(lambda: store.serving().name == "second")
+    wait_until(lambda: not differs(metrics))
+    store.close()
+    assert reloads(metrics) == (1, 3)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "the model was not reloaded, the old one serves on: out of memory"
+    ]
+
+
 def test_a_file_that_still_grows_is_left_alone(path: Path) -> None:
     opener = Opener()
     store, _ = make_store(path, opener, poll_seconds=0.1)
