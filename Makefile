@@ -56,7 +56,7 @@ bench: install ## the benchmarks that BENCHMARKS.md holds; nothing else should r
 	$(BIN)/python -m tests.benchmarks.compare --resnet50 --clients 1 8 --requests 20 --rounds 2
 
 docker-test: install ## builds the images and tests them with Compose, Prometheus and the proxy; needs a Docker engine
-	DOCKER_TEST=1 $(BIN)/python -m pytest -ra tests/deploy/test_docker.py
+	DOCKER_TEST=1 $(BIN)/python -m pytest -ra tests/deploy/engine
 
 docker-requirements: install ## pins, with hashes, what goes into the images
 	$(PIP) uv

@@ -1,6 +1,6 @@
 """docker/roll.sh against a stand-in for docker: what it replaces, what it removes, and how it fails.
 
-tests/deploy/test_docker.py rolls real containers; here are the cases that take an engine long.
+tests/deploy/engine rolls real containers; here are the cases that take an engine long.
 """
 
 import json
