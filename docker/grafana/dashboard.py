@@ -37,7 +37,7 @@ def percentiles(record: str) -> tuple[Query, ...]:
 
 
 STATS = (
-    Panel("Replicas ready", (Query('sum(retinaserve_ready{job="retinaserve"})', ""),), "none", 3, "stat"),
+    Panel("Replicas ready", (Query("job:retinaserve_replicas:ready", ""),), "none", 3, "stat"),
     Panel("Requests per second", (Query("sum(outcome:retinaserve_requests:rate1m)", ""),), "reqps", 4, "stat"),
     Panel(
         "Failed on our side, 5 min",
@@ -55,7 +55,9 @@ STATS = (
         "Model and provider",
         (
             Query(
-                "count by (name, precision, provider) (retinaserve_model_info)", "{{name}} {{precision}} {{provider}}"
+                "label_replace(count by (name, sha256, precision, provider) (retinaserve_model_info), "
+                '"hash", "$1", "sha256", "(.{12}).*")',
+                "{{name}} {{hash}} {{precision}} {{provider}}",
             ),
         ),
         "none",
@@ -73,7 +75,7 @@ TRAFFIC = (
         (
             Query("job:retinaserve_request_errors:ratio5m", "5 min"),
             Query("job:retinaserve_request_errors:ratio1h", "1 h"),
-            Query("vector(14.4 * 0.001)", "pages above, in both"),
+            Query("14.4 * (1 - job:retinaserve_objective:ratio)", "pages above, in both"),
         ),
         "percentunit",
         8,
@@ -102,7 +104,7 @@ MACHINE = (
         "Trouble",
         (
             Query("sum(retinaserve_provider_fallback)", "replicas fallen back to the CPU"),
-            Query('sum(increase(retinaserve_model_reloads_total{outcome="failure"}[5m]))', "failed reloads, 5 min"),
+            Query("sum(retinaserve_model_wanted_differs)", "replicas that cannot load the model that is wanted"),
             Query("sum(increase(retinaserve_device_errors_total[5m]))", "device errors, 5 min"),
         ),
         "none",

@@ -26,8 +26,12 @@ def rules(kind: str) -> list[dict[str, object]]:
 
 
 @needs_promtool
-def test_prometheus_accepts_the_configuration_and_the_rules() -> None:
-    promtool("check", "config", "prometheus.yml")
+def test_prometheus_accepts_the_configuration_and_the_rules(tmp_path: Path) -> None:
+    """With the mounts of docker-compose.yml at their places on this machine."""
+    copy = shutil.copytree(FOLDER, tmp_path / "prometheus")
+    config = copy / "prometheus.yml"
+    config.write_text(config.read_text().replace("/etc/keys", str(FOLDER.parent / "keys" / "prometheus")))
+    promtool("check", "config", str(config))
 
 
 @needs_promtool
@@ -43,14 +47,37 @@ def test_every_alert_has_a_case_where_it_fires() -> None:
 
 
 def test_every_alert_says_how_urgent_it_is_and_leads_to_its_runbook() -> None:
-    headings = re.findall(r"^## (Retinaserve\w+)$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
+    headings = re.findall(r"^## (Retinaserve\w+|Watchdog)$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     alerts = rules("alert")
     assert headings == [alert["alert"] for alert in alerts]
     for alert in alerts:
-        assert alert["labels"]["severity"] in {"page", "ticket"}  # type: ignore[index]
+        severities = {"none"} if alert["alert"] == "Watchdog" else {"page", "ticket"}
+        assert alert["labels"]["severity"] in severities  # type: ignore[index]
         assert alert["annotations"]["runbook"] == f"docker/prometheus/README.md#{str(alert['alert']).lower()}"  # type: ignore[index]
+
+
+@needs_promtool
+def test_the_rule_that_compose_writes_is_one(tmp_path: Path) -> None:
+    """The number of replicas that the alerts expect, as the container's entry point writes it."""
+    compose = yaml.safe_load((FOLDER.parents[1] / "docker-compose.yml").read_text())
+    script = compose["services"]["prometheus"]["entrypoint"][2].replace("$$", "$").replace("/tmp", str(tmp_path))
+    command = ["sh", "-c", script.replace("exec prometheus", "exec echo"), "prometheus", "--a=b"]
+    written = subprocess.run(command, env={"EXPECTED_REPLICAS": "3"}, capture_output=True, text=True, check=True)
+    assert written.stdout == "--a=b\n"
+    promtool("check", "rules", str(tmp_path / "replicas.yml"))
+    [group] = yaml.safe_load((tmp_path / "replicas.yml").read_text())["groups"]
+    assert group["rules"] == [
+        {"record": "retinaserve_replicas_wanted", "expr": "vector(3)", "labels": {"job": "retinaserve"}}
+    ]
+
+
+def test_the_objective_has_one_home() -> None:
+    rules_text = (FOLDER / "rules.yml").read_text()
+    dashboard = (FOLDER.parent / "grafana" / "dashboard.py").read_text()
+    assert len(re.findall(r"0\.999|0\.001", rules_text)) == 1
+    assert "0.001 " not in dashboard.replace("warn=0.001", "")
 
 
 def test_recorded_names_say_level_metric_and_window() -> None:
     for rule in rules("record"):
-        assert re.fullmatch(r"(job|instance|outcome|stage):retinaserve_\w+:\w+", str(rule["record"]))
+        assert re.fullmatch(r"(job|instance|replica|outcome|stage):retinaserve_\w+:\w+", str(rule["record"]))

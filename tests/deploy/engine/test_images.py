@@ -1,6 +1,7 @@
 """The images on a real engine: what they hold, how they start, alone and hardened as in Compose."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -83,22 +84,34 @@ ls /app
     assert config["User"] == "10001:10001"
 
 
-@pytest.mark.parametrize("files", [(), ("docker/cpu.yml",), ("docker/gpus.yml",)])
-def test_every_variant_of_the_project_is_valid(files: tuple[str, ...]) -> None:
-    options = [option for name in ("docker-compose.yml", *files) for option in ("-f", name)]
-    project = json.loads(run("docker", "compose", *options, "config", "--format", "json", cwd=ROOT))
+VARIANTS = {
+    (): [["0"]],
+    ("cpu",): [],
+    ("gpus",): [["0"], ["1"]],
+    ("tls", "alerting", "logs"): [["0"]],
+    ("cpu", "canary"): [],
+}
+"""Overlays, and the GPUs that the project then takes."""
+
+
+@pytest.mark.parametrize("overlays", VARIANTS, ids=lambda overlays: "+".join(overlays) or "plain")
+def test_every_variant_of_the_project_is_valid(overlays: tuple[str, ...]) -> None:
+    files = ["docker-compose.yml", *(f"docker/{overlay}.yml" for overlay in overlays)]
+    options = [option for name in files for option in ("-f", name)]
+    environment = os.environ | {"CANARY_MODEL": "/models/second.onnx"}
+    project = json.loads(run("docker", "compose", *options, "config", "--format", "json", cwd=ROOT, env=environment))
     services = project["services"]
     for name, service in services.items():
         assert service["restart"] == "unless-stopped", name
         assert service["cap_drop"] == ["ALL"], name
         assert service["read_only"] is True, name
         assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}, name
-        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
-    for name in ("prometheus", "grafana"):
+        assert service["logging"]["options"], name
+    for name in {"prometheus", "grafana", "alertmanager"} & services.keys():
         assert [port["host_ip"] for port in services[name]["ports"]] == ["127.0.0.1"]
     devices = [
         reservation["device_ids"]
         for service in services.values()
         for reservation in service["deploy"]["resources"].get("reservations", {}).get("devices", [])
     ]
-    assert devices == {(): [["0"]], ("docker/cpu.yml",): [], ("docker/gpus.yml",): [["0"], ["1"]]}[files]
+    assert devices == VARIANTS[overlays]
