@@ -26,6 +26,7 @@ from model.runtime.session import RUNS_AT_ONCE
 from service import detect
 from service.api.app import create_app
 from service.api.connections import BoundedProtocol
+from service.api.keys import InvalidKeys
 from service.api.service import Service
 from service.api.uploads import Uploads
 from service.config import PROGRAM, Settings, parse_settings
@@ -33,7 +34,7 @@ from service.core.decoders import Decoders
 from service.core.engine import Engine
 from service.core.store import ModelStore
 from service.gpu import sample_gpus
-from service.logs import printable, start_logging
+from service.logs import error_line, start_logging
 from service.metrics import Metrics, program_version
 
 logger = logging.getLogger("service")
@@ -69,13 +70,15 @@ async def serve(settings: Settings) -> tuple[int, bool]:
     try:
         listening = listen(settings.host, settings.port)
     except OSError as error:
-        return failed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"), False
+        return failed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}", settings), False
     service = build_service(settings)
     try:
         server = Server(uvicorn_config(service))
         server.config.load()
     except OSError as error:
-        return failed(f"cannot use the TLS certificate: {error}"), False
+        return failed(f"cannot use the TLS certificate: {error}", settings), False
+    except InvalidKeys as error:
+        return failed(str(error), settings), False
     return await Lifecycle(service, server, listening).until_stopped()
 
 
@@ -111,7 +114,7 @@ class Lifecycle:
         if stuck:
             logger.error("the device is stuck in an inference: leaving it behind")
         if self._failure is not None:
-            return failed(self._failure), stuck
+            return failed(self._failure, self._settings), stuck
         logger.info("stopped")
         return 0, stuck
 
@@ -217,9 +220,9 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=2048)
 
 
-def failed(reason: str) -> int:
+def failed(reason: str, settings: Settings) -> int:
     """Say why in one line."""
-    sys.stderr.write(f"{PROGRAM}: error: {printable(reason)}\n")
+    sys.stderr.write(error_line(PROGRAM, reason, settings.log_format))
     return USAGE_ERROR
 
 

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model.detector import Device
 from model.image import MAX_PIXELS
 from model.pretrained import demo_model
-from service.logs import printable
+from service.logs import error_line
 
 ENV_PREFIX = "RETINASERVE_"
 PROGRAM = "python -m service"
@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], CommaSeparated] = Field(
         (), description="keys of which a client needs one, ASCII without spaces or commas [open]"
     )
+    api_keys_file: Path | None = Field(
+        None, description="file of more keys, a line NAME:KEY each, 16 characters at least, read again when it changes"
+    )
     cors_origins: Annotated[tuple[str, ...], CommaSeparated] = Field(
         (), description="web origins that may call it [none]"
     )
@@ -159,7 +162,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {printable(message)}\n")
+        self.exit(2, error_line(PROGRAM, message, os.environ.get(f"{ENV_PREFIX}LOG_FORMAT", "auto")))
 
 
 def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(Settings.model_fields)) -> None:

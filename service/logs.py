@@ -61,6 +61,14 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
     return fields
 
 
+def error_line(program: str, reason: str, log_format: str) -> str:
+    """The last line before exit code 2: JSON where that was asked for, so that whoever gathers logs sees the error."""
+    text = printable(f"{program}: error: {reason}")
+    if log_format == "json":
+        text = JsonLines().format(logging.makeLogRecord({"levelname": "ERROR", "msg": text}))
+    return text + "\n"
+
+
 def start_logging(log_format: LogFormat, level: str) -> QueueListener:
     """Send every log of this process to standard error in one form; stop the listener to write what waits."""
     handler = logging.StreamHandler(sys.stderr)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from service.api.detection import Detection
 from service.api.errors import CODES, PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
+from service.api.keys import ApiKeys
 from service.api.middleware import (
     DETECTION_PATHS,
     FileProblems,
@@ -41,7 +42,10 @@ UNREAD = (400, 414, 431)
 
 
 def create_app(service: Service) -> ASGIApp:
-    """FastAPI within our layers, and none of its own around them, so that refusals take little."""
+    """FastAPI within our layers, and none of its own around them, so that refusals take little.
+
+    InvalidKeys: the file of API keys is not good.
+    """
     documented = service.settings.docs
     make_app = partial(FastAPIOffline, docs_url="/docs") if documented else partial(FastAPI, openapi_url=None)
     api = make_app(
@@ -67,7 +71,7 @@ def create_app(service: Service) -> ASGIApp:
 def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
     """What surrounds the routes, outermost first."""
     settings = service.settings
-    keys = [key.get_secret_value() for key in settings.api_keys]
+    keys = ApiKeys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,

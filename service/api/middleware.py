@@ -6,12 +6,11 @@ client. RequireKey: API keys. Shed: refusals at the door. FileProblems: a bad Ra
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import random
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.connections import PROTOCOL_ERROR
 from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, code_of, headers_of, problem_of
+from service.api.keys import ApiKeys
 from service.api.uploads import MalformedRequest
 from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
@@ -216,22 +216,27 @@ class FileProblems:
 class RequireKey:
     """Answers 401 to a request without a key, as `Authorization: Bearer` or `X-API-Key`; the probes need none."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_allowed(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        error = Unauthorized("send a valid key as Authorization: Bearer KEY or as X-API-Key: KEY")
-        await problem_response(error, context_of(scope).request_id)(scope, receive, send)
+        context = context_of(scope)
+        name = self._keys.name_of(given_key(Headers(scope=scope)))
+        if name is None:
+            error = Unauthorized("send a valid key as Authorization: Bearer KEY or as X-API-Key: KEY")
+            await problem_response(error, context.request_id)(scope, receive, send)
+            return
+        context.fields["key"] = name
+        await self._app(scope, receive, send)
 
-    def _is_allowed(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]  # every key: constant time
-        return any(matches)
+
+def given_key(headers: Headers) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 def has_body(headers: Headers) -> bool:

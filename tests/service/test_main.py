@@ -184,6 +184,23 @@ def test_a_model_that_is_not_warm_in_time_is_one_line_and_code_2(tmp_path: Path)
     assert_one_line_and_code_2(finished, "not loaded and warmed up within 1 s")
 
 
+@pytest.mark.slow
+def test_with_json_logs_the_line_before_code_2_is_json_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETINASERVE_LOG_FORMAT", "json")
+    keys = tmp_path / "keys"
+    keys.write_text("alice:short\n")
+    for flags, says in (
+        (("--queue-capacity", "none"), "--queue-capacity"),
+        (("--port", "0", "--api-keys-file", str(keys)), f"line 1 of {keys}"),
+        (("--port", "0", "--model", str(tmp_path / "none.onnx")), "none.onnx"),
+    ):
+        finished = run(*flags)
+        last = json.loads(finished.stderr.splitlines()[-1])
+        assert (finished.returncode, last["level"]) == (2, "error"), finished.stderr
+        assert says in last["message"]
+        assert "short" not in last["message"]
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_tls_is_served_from_a_certificate_and_its_key(tmp_path: Path) -> None:
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")

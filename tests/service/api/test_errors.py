@@ -13,6 +13,7 @@ import service.core
 from model.detector import InferenceFailed
 from model.image import InvalidImage, TooManyPixels
 from service.api.errors import CODES, OUTCOME_OF_STATUS, PROBLEM_TYPES, Unauthorized, code_of, headers_of, problem_of
+from service.api.keys import InvalidKeys
 from service.api.schemas import Problem
 from service.api.uploads import UploadsBusy
 from service.core.line import QueueFull
@@ -50,7 +51,7 @@ def exceptions_of(package: ModuleType) -> Iterator[type[Exception]]:
 def test_every_exception_that_we_define_has_a_code() -> None:
     ours = {*exceptions_of(service.api), *exceptions_of(service.core), InferenceFailed, InvalidImage}
     assert len(ours) > 10
-    assert ours - set(CODES) == {Refusal}
+    assert ours - set(CODES) == {Refusal, InvalidKeys}  # a base, and what ends a start before any request
 
 
 @pytest.mark.parametrize(
