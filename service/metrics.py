@@ -1,6 +1,6 @@
 """Every number that Prometheus reads: one registry, base units, closed label sets, every series there from the start.
 
-`route` is the template ("/detect"), for an unknown path "<unmatched>"; methods that HTTP does not define are "<other>".
+`route` is the template ("/detect"), for an unknown path "<unmatched>"; methods that the route has not are "<other>".
 Stage and request durations are observed for images and requests that were answered.
 """
 
@@ -34,7 +34,6 @@ DEVICE_ERROR_KINDS = ("oom", "cuda", "other")
 KILL_REASONS = ("deadline", "cancelled", "died")
 RELOAD_OUTCOMES = ("success", "failure")
 OTHER_METHOD = "<other>"
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", OTHER_METHOD)
 UNMATCHED = "<unmatched>"
 
 STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -53,27 +52,34 @@ class HttpMetrics:
         self.requests = Counter("http_requests_total", "HTTP requests.", [*labels, "status"], registry=registry)
         self.duration = Histogram(
             "http_request_duration_seconds",
-            "Time from a request's headers to its answer.",
+            "Time from a detection request's headers to its answer.",
             labels,
             buckets=HTTP_SECONDS,
             registry=registry,
         )
+        self._known: set[tuple[str, str]] = set()
+        self._timed: set[tuple[str, str]] = set()
+        """Method and route of what has series, and of what has a histogram of durations."""
         self.in_flight = Gauge("http_requests_in_flight", "HTTP requests being answered.", registry=registry)
         self.request_size = Histogram(
             "http_request_size_bytes", "Bytes of detection requests' bodies.", buckets=BYTES, registry=registry
         )
 
-    def make_series(self, route: str, methods: Mapping[str, tuple[int, ...]]) -> None:
-        """Create the series of a route: the statuses that each method can have."""
+    def make_series(self, route: str, methods: Mapping[str, tuple[int, ...]], *, timed: bool) -> None:
+        """Create the series of a route: the statuses that each method can have, and whether its durations are kept."""
         for method, statuses in methods.items():
-            self.duration.labels(method, route)
+            self._known.add((method, route))
+            if timed and method != OTHER_METHOD:
+                self._timed.add((method, route))
+                self.duration.labels(method, route)
             for status in statuses:
                 self.requests.labels(method, route, str(status))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
-        method = method if method in METHODS else OTHER_METHOD
+        method = method if (method, route) in self._known else OTHER_METHOD
         self.requests.labels(method, route, str(status)).inc()
-        self.duration.labels(method, route).observe(seconds)
+        if (method, route) in self._timed:
+            self.duration.labels(method, route).observe(seconds)
 
 
 class Metrics:

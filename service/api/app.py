@@ -4,6 +4,7 @@ One upload: middleware → detection → uploads (bytes) → core → model → 
 bytes; decoding, inference, post-processing and encoding run on the engine's threads.
 """
 
+import gzip
 from collections.abc import Collection
 from functools import partial
 
@@ -35,7 +36,7 @@ from service.api.parameters import thresholds
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
 from service.core.store import NotReady
-from service.metrics import METHODS, UNMATCHED, HttpMetrics, program_version
+from service.metrics import OTHER_METHOD, UNMATCHED, HttpMetrics, program_version
 
 UNREAD = (400, 414, 431)
 """Statuses of requests that the protocol cannot or will not read, whatever they ask for."""
@@ -111,8 +112,13 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         return _status("ready", service.why_not_ready())
 
     @api.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
-    def metrics() -> Response:  # not async: on a thread, because it takes milliseconds
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    def metrics(request: Request) -> Response:  # not async: on a thread, because it takes milliseconds
+        response = Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        response.headers["Vary"] = "Accept-Encoding"
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            response.body = gzip.compress(response.body, compresslevel=1)
+            response.headers.update({"Content-Encoding": "gzip", "Content-Length": str(len(response.body))})
+        return response
 
 
 def _status(good: str, why_not: str | None) -> Status:
@@ -141,12 +147,9 @@ def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
     """Make every series that HTTP requests can have."""
     detection = (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
     for path in sorted({route.path for route in routes}):
-        answers: dict[str, tuple[int, ...]] = dict.fromkeys(METHODS, (*UNREAD, 401, 405))
-        for route in routes:
-            if route.path == path:
-                statuses = detection if path in DETECTION_PATHS else (200, *UNREAD, 401, 500, 503)
-                answers |= dict.fromkeys(route.methods or (), statuses)
-        metrics.make_series(path, answers)
-    answers = dict.fromkeys(METHODS, (200, *UNREAD, 401, 404, 405))
+        methods = {method for route in routes if route.path == path for method in route.methods or ()}
+        statuses = detection if path in DETECTION_PATHS else (200, *UNREAD, 401, 500, 503)
+        answers = dict.fromkeys(sorted(methods), statuses) | {OTHER_METHOD: (*UNREAD, 401, 405)}
+        metrics.make_series(path, answers, timed=path in DETECTION_PATHS)
     files = dict.fromkeys(("GET", "HEAD"), (200, *UNREAD, 206, 304, 401, 404))  # of the docs page
-    metrics.make_series(UNMATCHED, answers | files)
+    metrics.make_series(UNMATCHED, files | {OTHER_METHOD: (200, *UNREAD, 401, 404, 405)}, timed=False)

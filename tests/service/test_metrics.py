@@ -54,6 +54,25 @@ def test_no_request_whatever_makes_a_new_series(server: Serving) -> None:
     assert series(server) == before
 
 
+def test_the_series_are_few(server: Serving) -> None:
+    assert len(series(server)) < 400
+
+
+def test_a_method_that_a_route_has_not_counts_as_other(server: Serving) -> None:
+    for method in ("GET", "PUT", "DELETE"):
+        server.client.request(method, "/detect")
+    assert server.metric("http_requests_total", method="<other>", route="/detect", status="405") == 3
+
+
+def test_metrics_are_compressed_when_that_is_asked_for(server: Serving) -> None:
+    plain = server.client.get("/metrics", headers={"Accept-Encoding": "identity"})
+    packed = server.client.get("/metrics", headers={"Accept-Encoding": "gzip"})
+    assert "Content-Encoding" not in plain.headers
+    assert (packed.headers["Content-Encoding"], packed.headers["Vary"]) == ("gzip", "Accept-Encoding")
+    assert int(packed.headers["Content-Length"]) < len(plain.content) / 4
+    assert packed.text.splitlines()[0] == plain.text.splitlines()[0]
+
+
 def test_an_answered_request_is_counted_once_in_every_place(server: Serving) -> None:
     for _ in range(3):
         server.client.post("/detect", content=picture(), headers=PNG)
