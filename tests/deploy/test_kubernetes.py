@@ -1,5 +1,8 @@
 """The Kubernetes manifests, rendered by kubectl, checked without a cluster: by the schemas, and against each other."""
 
+import json
+import os
+import runpy
 import shutil
 import subprocess
 from functools import cache
@@ -12,7 +15,8 @@ import yaml
 
 from service.config import Settings
 
-OVERLAYS = Path(__file__).parents[2] / "docker" / "kubernetes" / "overlays"
+DOCKER = Path(__file__).parents[2] / "docker"
+OVERLAYS = DOCKER / "kubernetes" / "overlays"
 Manifests = dict[str, Any]
 """An overlay's objects by kind."""
 
@@ -22,7 +26,27 @@ both_overlays = pytest.mark.parametrize("overlay", ["cpu", "gpu"])
 
 @cache
 def render(overlay: str) -> Manifests:
-    command = ["kubectl", "kustomize", str(OVERLAYS / overlay)]
+    return kustomize(OVERLAYS / overlay)
+
+
+def with_components(folder: Path, overlay: str, *names: str) -> Manifests:
+    """The overlay with these of docker/kubernetes/components, as an operator's own overlay adds them."""
+
+    def relative(path: Path) -> str:
+        return os.path.relpath(path, folder)
+
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [relative(OVERLAYS / overlay)],
+        "components": [relative(OVERLAYS.parent / "components" / name) for name in names],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return kustomize(folder)
+
+
+def kustomize(folder: Path) -> Manifests:
+    command = ["kubectl", "kustomize", str(folder)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {document["kind"]: document for document in yaml.safe_load_all(text)}
 
@@ -40,7 +64,7 @@ def container(manifests: Manifests) -> Any:
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
 def test_the_api_server_of_each_version_would_accept_every_field(overlay: str, version: str) -> None:
     for kind, manifest in render(overlay).items():
-        if kind != "ServiceMonitor":  # a custom resource: its schema comes with the operator
+        if kind not in ("ServiceMonitor", "PrometheusRule"):  # custom resources: their schemas come with the operator
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -52,15 +76,16 @@ def test_the_check_refuses_a_misspelt_field() -> None:
 
 @both_overlays
 def test_everything_that_is_needed_is_there(overlay: str) -> None:
-    kinds = "Deployment HorizontalPodAutoscaler NetworkPolicy PodDisruptionBudget Service ServiceMonitor"
-    assert sorted(render(overlay)) == kinds.split()
+    needed = {"Deployment", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget", "Service"}
+    watched = {"ConfigMap", "PrometheusRule", "ServiceMonitor"}
+    assert render(overlay).keys() == needed | watched
 
 
 @both_overlays
 def test_every_selector_finds_the_pods_and_every_port_name_exists(overlay: str) -> None:
     manifests = render(overlay)
     labels = {"app.kubernetes.io/name": "retinaserve"}
-    specs = {kind: manifest["spec"] for kind, manifest in manifests.items()}
+    specs = {kind: manifest["spec"] for kind, manifest in manifests.items() if "spec" in manifest}
     assert specs["Deployment"]["template"]["metadata"]["labels"] == labels
     assert specs["Service"]["selector"] == labels
     assert specs["NetworkPolicy"]["podSelector"] == {"matchLabels": labels}
@@ -120,3 +145,43 @@ def test_only_the_gpu_overlay_asks_for_a_gpu_and_insists_on_it() -> None:
     assert devices == {"cpu": "cpu", "gpu": "cuda"}
     assert container(render("gpu"))["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in container(render("cpu"))["resources"]["limits"]
+
+
+def test_the_rules_are_those_of_compose_and_promtool_takes_them(tmp_path: Path) -> None:
+    manifest = render("cpu")["PrometheusRule"]
+    made = runpy.run_path(str(DOCKER / "prometheus" / "kubernetes.py"))["render"]()
+    again = "run: python docker/prometheus/kubernetes.py > docker/prometheus/kubernetes/rules.yaml"
+    assert manifest["spec"] == made["spec"], again
+    assert manifest["spec"]["groups"][1:] == yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())["groups"]
+    if shutil.which("promtool"):
+        (tmp_path / "rules.yml").write_text(yaml.safe_dump(manifest["spec"]))
+        subprocess.run(["promtool", "check", "rules", str(tmp_path / "rules.yml")], check=True, capture_output=True)
+
+
+def test_what_the_operator_and_grafana_look_for_is_labelled() -> None:
+    manifests = render("gpu")
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        assert manifests[kind]["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    dashboard = manifests["ConfigMap"]
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(dashboard["data"]["retinaserve.json"])["uid"] == "retinaserve"
+
+
+@both_overlays
+def test_with_keys_and_a_model_the_pod_mounts_them_and_prometheus_shows_its_key(tmp_path: Path, overlay: str) -> None:
+    manifests = with_components(tmp_path, overlay, "api-keys", "model")
+    for kind in ("Deployment", "PodDisruptionBudget", "ConfigMap"):
+        kubernetes_validate.validate(manifests[kind], "1.30", strict=True)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container(manifests)["volumeMounts"]}
+    assert mounts == {"tmp": "/tmp", "keys": "/keys", "models": "/models"}
+    assert {volume["name"] for volume in pod(manifests)["volumes"]} == mounts.keys()
+    settings = {variable["name"]: variable["value"] for variable in container(manifests)["env"]}
+    assert settings["RETINASERVE_API_KEYS_FILE"] == "/keys/api-keys"
+    assert settings["RETINASERVE_MODEL"] == "/models/current.onnx"
+    assert settings.keys() <= {f"RETINASERVE_{field.upper()}" for field in Settings.model_fields}
+    [endpoint] = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == {"name": "retinaserve-metrics-key", "key": "key"}
+
+
+def test_a_broken_pod_does_not_stand_in_the_way_of_a_drain() -> None:
+    assert render("cpu")["PodDisruptionBudget"]["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
