@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,8 +56,15 @@ class Stack:
     api_port: int
     prometheus_port: int
     settings: dict[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ("docker-compose.yml", "docker/cpu.yml")
 
-    files = ("-f", "docker-compose.yml", "-f", "docker/cpu.yml")
+    def with_(self, *overlays: str, **settings: str) -> "Stack":
+        """The same project with more files and settings."""
+        return replace(self, files=(*self.files, *overlays), settings=self.settings | settings)
+
+    @property
+    def options(self) -> list[str]:
+        return [option for name in self.files for option in ("-f", name)]
 
     @property
     def api(self) -> str:
@@ -78,10 +85,27 @@ class Stack:
         }
 
     def compose(self, *arguments: str) -> str:
-        return run("docker", "compose", *self.files, *arguments, cwd=self.folder, env=self.environment)
+        return run("docker", "compose", *self.options, *arguments, cwd=self.folder, env=self.environment)
 
     def roll(self) -> None:
-        run("docker/roll.sh", *self.files, cwd=self.folder, env=self.environment)
+        run("docker/roll.sh", *self.options, cwd=self.folder, env=self.environment)
+
+    def try_to_roll(self) -> "subprocess.CompletedProcess[str]":
+        command = ["docker/roll.sh", *self.options]
+        return subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+
+    def signal(self, name: str) -> None:
+        """Signal every replica, as docs/operations.md says: from inside, so that Docker goes on restarting it."""
+        for replica in self.replicas():
+            docker("exec", replica, "sh", "-c", f"kill -{name} 1")
+
+    def reload_proxy(self) -> None:
+        self.compose("exec", "proxy", "sh", "-c", "kill -USR2 1")
+
+    def alerts(self, *states: str) -> set[str]:
+        """The alerts in these states, without the Watchdog."""
+        alerts = httpx.get(f"{self.prometheus}/api/v1/alerts").json()["data"]["alerts"]
+        return {a["labels"]["alertname"] for a in alerts if a["state"] in states} - {"Watchdog"}
 
     def start(self, replicas: int) -> None:
         self.compose(
@@ -117,6 +141,7 @@ class Load:
 
     url: str
     clients: int = 4
+    headers: dict[str, str] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
     """How many answers of each kind: the model's name for a 200, else the status or the broken connection."""
 
@@ -134,10 +159,10 @@ class Load:
             thread.join()
 
     def _post(self) -> None:
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=60, verify=False, headers=PNG | self.headers) as client:
             while not self._over.wait(0.01):
                 try:
-                    answer = client.post(f"{self.url}/detect", content=picture(), headers=PNG)
+                    answer = client.post(f"{self.url}/detect", content=picture())
                     good = answer.status_code == 200
                     self.answers[answer.json()["model"]["name"] if good else str(answer.status_code)] += 1
                 except httpx.TransportError as error:

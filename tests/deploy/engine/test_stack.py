@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -91,7 +90,7 @@ def test_a_new_model_and_back_lose_no_request(stack: Stack) -> None:
         for model, told in (("second", True), ("first", False)):
             stack.point_to(f"{model}.onnx")
             if told:
-                stack.compose("kill", "--signal", "HUP", "service")
+                stack.signal("HUP")
             for replica in stack.replicas():
                 wait_until(functools.partial(stack.serves, replica, model))
             load.wait_for_answers(20)
@@ -104,7 +103,7 @@ def test_a_broken_model_changes_nothing(stack: Stack) -> None:
     failures = 'sum(retinaserve_model_reloads_total{outcome="failure"})'
     with Load(stack.api) as load:
         stack.point_to("broken.onnx")
-        stack.compose("kill", "--signal", "HUP", "service")
+        stack.signal("HUP")
         wait_until(lambda: float(stack.query(failures)[0]["value"][1]) > 0)
         stack.point_to("first.onnx")
     assert set(load.answers) == {"first"}
@@ -143,21 +142,6 @@ def test_a_full_scratch_disk_is_a_problem_of_one_request_and_passes(stack: Stack
     docker("exec", replica, "rm", "/tmp/full")
     assert full.status_code == 200 or full.headers["content-type"] == "application/problem+json", full.text
     assert post().status_code == 200
-
-
-def test_with_api_keys_prometheus_shows_its_own(stack: Stack, tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("for-prometheus\n")
-    tmp_path.chmod(0o755)
-    keys = {"RETINASERVE_API_KEYS": "for-clients,for-prometheus", "METRICS_KEY_FILE": str(tmp_path / "key")}
-    locked = Stack(stack.folder, stack.models, stack.api_port, stack.prometheus_port, stack.settings | keys)
-    locked.compose("up", "--detach", "--wait", "--scale", "service=1", "service", "proxy", "prometheus")
-    try:
-        wait_until(lambda: locked.targets_up() == 1)
-        assert httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG).status_code == 401
-        with_key = PNG | {"Authorization": "Bearer for-clients"}
-        assert httpx.post(f"{stack.api}/detect", content=picture(), headers=with_key).status_code == 200
-    finally:
-        stack.compose("up", "--detach", "--wait", "--scale", "service=1", "service", "proxy", "prometheus")
 
 
 def test_down_lets_a_request_in_flight_finish(stack: Stack) -> None:

@@ -1,0 +1,253 @@
+"""An operator's day on a real engine: the lines of docs/operations.md, each with what must be seen. Under load where
+requests could be lost."""
+
+import functools
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.deploy.engine.stack import Load, Stack, docker, needs_engine
+from tests.support.load import PNG, free_ports
+from tests.support.serving import picture, wait_until
+
+pytestmark = needs_engine
+
+SECOND_GPU = """
+services:
+  service-1:
+    extends: {file: docker-compose.yml, service: service}
+    image: retinaserve:cpu
+    environment: {RETINASERVE_DEVICE: cpu, RETINASERVE_MODEL: "/models/%s"}
+    networks: !override {back: {aliases: [service]}}
+    deploy: {replicas: 1, resources: {reservations: !reset null}}
+  prometheus:
+    environment: {EXPECTED_REPLICAS: "2"}
+"""
+"""docker/gpus.yml's shape without a GPU."""
+
+
+KILL_THE_SERVICE = """
+import os, pathlib, signal
+for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    if b"python\\0-m\\0service" in (folder / "cmdline").read_bytes() and folder.name != "1":
+        os.kill(int(folder.name), signal.SIGKILL)
+"""
+
+
+def two_services(stack: Stack, model: str) -> Stack:
+    (stack.folder / "second.yml").write_text(SECOND_GPU % model)
+    return stack.with_("second.yml")
+
+
+@contextmanager
+def plain_again(stack: Stack) -> Iterator[None]:
+    """Leaves the project as `stack` says, with one replica."""
+    try:
+        yield
+    finally:
+        stack.compose("up", "--detach", "--wait", "--remove-orphans", "service", "proxy", "prometheus")
+
+
+def test_five_rolls_lose_nothing_and_page_nobody(stack: Stack) -> None:
+    stack.start(1)
+    seen: set[str] = set()
+    with Load(stack.api, clients=2) as load:
+        for _ in range(5):
+            stack.roll()
+            seen |= stack.alerts("firing")
+        time.sleep(20)  # a scrape and an evaluation more
+        seen |= stack.alerts("firing")
+    assert set(load.answers) == {"first"}
+    assert seen == set()
+
+
+def test_a_failed_roll_says_why_loses_nothing_and_the_next_one_works(stack: Stack) -> None:
+    stack.start(2)
+    before = set(stack.replicas())
+    with Load(stack.api) as load:
+        failed = stack.with_(RETINASERVE_MODEL="/models/typo.onnx").try_to_roll()
+        assert failed.returncode == 1, failed.stdout
+        assert "/models/typo.onnx" in failed.stderr
+        assert set(stack.replicas()) == before
+        stack.roll()
+        load.wait_for_answers(50)
+    assert set(load.answers) == {"first"}
+    assert len(stack.replicas()) == 2
+    assert not before & set(stack.replicas())
+    kept = [path.read_text() for path in (stack.folder / "logs").glob("*.log")]
+    assert sum("/models/typo.onnx" in text for text in kept) == 1
+
+
+def test_the_replicas_of_every_service_are_rolled(stack: Stack) -> None:
+    stack.start(1)
+    both = two_services(stack, "first.onnx")
+    with plain_again(stack):
+        both.compose("up", "--detach", "--wait", "service", "service-1", "prometheus")
+        before = set(both.compose("ps", "--quiet", "service", "service-1").split())
+        with Load(stack.api) as load:
+            both.roll()
+        after = set(both.compose("ps", "--quiet", "service", "service-1").split())
+    assert set(load.answers) == {"first"}
+    assert len(before) == len(after) == 2
+    assert not before & after
+
+
+def test_a_replica_that_cannot_start_pages_within_two_minutes(stack: Stack) -> None:
+    stack.start(1)
+    both = two_services(stack, "typo.onnx")
+    with plain_again(stack):
+        both.compose("up", "--detach", "service-1", "prometheus")
+        started = time.monotonic()
+        wait_until(lambda: answers(stack.prometheus) and bool(both.alerts("firing")), 150)
+        assert time.monotonic() - started < 120
+        assert both.alerts("firing") == {"RetinaserveReplicasMissing"}
+        both.compose("rm", "--force", "--stop", "service-1")
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_proxy_that_is_gone_pages(stack: Stack) -> None:
+    stack.start(1)
+    stack.compose("stop", "proxy")
+    try:
+        wait_until(lambda: "RetinaserveProxyDown" in stack.alerts("firing"), 120)
+        assert stack.alerts("firing") == {"RetinaserveProxyDown"}
+    finally:
+        stack.start(1)
+
+
+def test_a_replica_that_was_signalled_is_restarted_when_it_dies(stack: Stack) -> None:
+    stack.start(1)
+    stack.signal("HUP")
+    [replica] = stack.replicas()
+    subprocess.run(["docker", "exec", replica, "python", "-c", KILL_THE_SERVICE], check=True)
+    wait_until(lambda: docker("inspect", "-f", "{{.RestartCount}} {{.State.Running}}", replica) == "1 true", 60)
+
+
+def test_a_link_that_leads_nowhere_is_seen_as_long_as_it_lasts(stack: Stack) -> None:
+    stack.start(1)
+    differs = functools.partial(stack.query, "retinaserve_model_wanted_differs == 1")
+    stack.point_to("typo.onnx")
+    wait_until(lambda: bool(differs()), 60)
+    [replica] = stack.replicas()
+    log = subprocess.run(["docker", "logs", replica], capture_output=True, text=True).stderr
+    assert "the old one serves on" in log
+    stack.point_to("first.onnx")
+    wait_until(lambda: not differs(), 60)
+
+
+def test_a_request_is_found_by_its_id_in_both_logs_and_a_probe_in_none(stack: Stack) -> None:
+    stack.start(1)
+    httpx.get(f"{stack.api}/readyz", headers={"X-Request-ID": "find-the-probe"})
+    answer = httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | {"X-Request-ID": "find-me"})
+    assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "find-me"
+
+    def lines() -> list[dict[str, object]]:
+        text = stack.compose("logs", "--no-log-prefix", "service", "proxy")
+        logged = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        return [line for line in logged if str(line.get("request_id", "")).startswith("find-")]
+
+    wait_until(lambda: len(lines()) >= 2)
+    assert sorted((line["message"], line["request_id"]) for line in lines()) == [
+        ("proxied", "find-me"),
+        ("request", "find-me"),
+    ]
+
+
+def test_reloads_of_the_proxy_lose_no_request(stack: Stack) -> None:
+    stack.start(2)
+    with Load(stack.api) as load:
+        for _ in range(2):
+            stack.reload_proxy()
+            load.wait_for_answers(50)
+    assert set(load.answers) == {"first"}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A folder as KEYS_DIR, with a key for a client and Prometheus each."""
+    tmp_path.chmod(0o755)
+    for name in ("service", "prometheus", "alertmanager"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "service" / "api-keys").write_text(f"alice:{'a' * 16}\nprometheus:{'p' * 16}\n")
+    (tmp_path / "prometheus" / "key").write_text("p" * 16)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    """As secret managers do it: a new file under the old name."""
+    (path.parent / ".next").write_text(text)
+    (path.parent / ".next").rename(path)
+
+
+def test_keys_are_rotated_without_a_roll_or_a_lost_request(stack: Stack, keys: Path) -> None:
+    stack.start(1)
+    locked = stack.with_(KEYS_DIR=str(keys), RETINASERVE_API_KEYS_FILE="/keys/api-keys")
+    with plain_again(stack):
+        locked.compose("up", "--detach", "--wait", "service", "proxy", "prometheus")
+        wait_until(lambda: locked.targets_up() == 1)
+        replicas = locked.replicas()
+        assert httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG).status_code == 401
+        old, new = {"X-API-Key": "a" * 16}, {"X-API-Key": "b" * 16}
+        file = keys / "service" / "api-keys"
+
+        def status(headers: dict[str, str]) -> int:
+            return httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | headers).status_code
+
+        with Load(stack.api, headers=old) as load:
+            write(file, f"alice:{'a' * 16}\nalice:{'b' * 16}\nprometheus:{'p' * 16}\nprometheus:{'q' * 16}\n")
+            wait_until(lambda: status(new) == 200)
+            load.wait_for_answers(20)
+        assert set(load.answers) == {"first"}
+        write(keys / "prometheus" / "key", "q" * 16)
+        time.sleep(6)  # a scrape
+        write(file, f"alice:{'b' * 16}\nprometheus:{'q' * 16}\n")
+        wait_until(lambda: status(old) == 401)
+        assert status(new) == 200
+        time.sleep(6)
+        assert locked.targets_up() == 1
+        assert locked.replicas() == replicas
+
+
+def test_a_certificate_is_renewed_without_losing_a_request(stack: Stack, tmp_path: Path) -> None:
+    stack.start(1)
+    tmp_path.chmod(0o755)
+    certificate = tmp_path / "site.pem"
+    [port] = free_ports(1)
+
+    def renew(name: str) -> None:
+        options = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}".split()
+        command = ["openssl", *options, "-keyout", "-", "-out", "-"]
+        write(certificate, subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        certificate.chmod(0o644)
+
+    def subject() -> str:
+        shown = subprocess.run(
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{port}"], input="", capture_output=True, text=True
+        )
+        return next(line for line in shown.stdout.splitlines() if "subject=" in line).split("=")[-1].strip()
+
+    renew("old")
+    secure = stack.with_("docker/tls.yml", CERTIFICATES_DIR=str(tmp_path), HTTPS_PORT=str(port))
+    with plain_again(stack):
+        secure.compose("up", "--detach", "--wait", "service", "proxy", "prometheus")
+        redirect = httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG)
+        assert (redirect.status_code, redirect.headers["location"]) == (308, f"https://127.0.0.1:{port}/detect")
+        wait_until(lambda: subject() == "old")
+        with Load(f"https://127.0.0.1:{port}") as load:
+            renew("new")
+            secure.reload_proxy()
+            wait_until(lambda: subject() == "new")
+            load.wait_for_answers(20)
+        assert set(load.answers) == {"first"}
