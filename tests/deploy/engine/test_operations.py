@@ -154,7 +154,9 @@ def test_a_request_is_found_by_its_id_in_both_logs_and_a_probe_in_none(stack: St
     assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "find-me"
 
     def lines() -> list[dict[str, object]]:
-        text = stack.compose("logs", "--no-log-prefix", "service", "proxy")
+        logs = ["docker", "compose", *stack.options, "logs", "--no-log-prefix", "service", "proxy"]
+        shown = subprocess.run(logs, cwd=stack.folder, env=stack.environment, capture_output=True, text=True)
+        text = shown.stdout + shown.stderr  # as the containers wrote them
         logged = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         return [line for line in logged if str(line.get("request_id", "")).startswith("find-")]
 
