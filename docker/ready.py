@@ -1,4 +1,7 @@
-"""The container's health check: exits 0 when this replica's /readyz answers 200, else 1. The slim image has no curl."""
+"""The container's health check: says "ready" and exits 0 when this replica's /readyz answers 200, else why not and 1.
+
+The slim image has no curl.
+"""
 
 import os
 import sys
@@ -10,3 +13,4 @@ try:
     urllib.request.urlopen(url, timeout=8).close()
 except (urllib.error.URLError, TimeoutError) as error:
     sys.exit(f"{url}: {error}")
+print("ready")

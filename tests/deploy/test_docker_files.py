@@ -80,3 +80,27 @@ def test_every_image_and_action_is_pinned() -> None:
     assert all(re.search(r":v?\d+\.\d+\.\d+$", image) or image.startswith("retinaserve:") for image in images)
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in re.findall(r"uses: \S+@(\S+)", workflow))
+
+
+def documents() -> list[Path]:
+    return [path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docker/**/*")] if path.is_file()]
+
+
+def test_no_document_tells_to_signal_through_the_engine() -> None:
+    """It marks the container as stopped by hand, and Docker restarts it no more."""
+    by_engine = re.compile(r"(docker|compose) kill (-s|--signal)")
+    assert [str(path) for path in documents() if by_engine.search(path.read_text())] == []
+
+
+def test_every_file_that_the_operators_page_names_is_there() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text() + (ROOT / "docker" / "README.md").read_text()
+    named = set(re.findall(r"\bdocker/[\w/.-]*\w\.(?:yml|yaml|sh|py|cfg|md)", text))
+    assert len(named) > 8
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_every_variable_of_the_compose_files_is_in_the_operators_table() -> None:
+    files = [ROOT / "docker-compose.yml", *(ROOT / "docker").glob("*.yml")]
+    used = {name for path in files for name in re.findall(r"(?<!\$)\$\{(\w+)", path.read_text())}
+    table = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs" / "operations.md").read_text()))
+    assert used - table == set()
