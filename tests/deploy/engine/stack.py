@@ -144,6 +144,7 @@ class Load:
     headers: dict[str, str] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
     """How many answers of each kind: the model's name for a 200, else the status or the broken connection."""
+    failures: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self._over = threading.Event()
@@ -154,6 +155,7 @@ class Load:
         return self
 
     def __exit__(self, *error: object) -> None:
+        print("\n".join(self.failures))
         self._over.set()
         for thread in self._threads:
             thread.join()
@@ -165,6 +167,8 @@ class Load:
                     answer = client.post(f"{self.url}/detect", content=picture())
                     good = answer.status_code == 200
                     self.answers[answer.json()["model"]["name"] if good else str(answer.status_code)] += 1
+                    if not good:
+                        self.failures.append(answer.text)
                 except httpx.TransportError as error:
                     self.answers[type(error).__name__] += 1
 

@@ -3,10 +3,13 @@ requests could be lost."""
 
 import functools
 import json
+import re
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -138,13 +141,18 @@ def test_a_replica_that_was_signalled_is_restarted_when_it_dies(stack: Stack) ->
 def test_a_link_that_leads_nowhere_is_seen_as_long_as_it_lasts(stack: Stack) -> None:
     stack.start(1)
     differs = functools.partial(stack.query, "retinaserve_model_wanted_differs == 1")
-    stack.point_to("typo.onnx")
-    wait_until(lambda: bool(differs()), 60)
     [replica] = stack.replicas()
-    log = subprocess.run(["docker", "logs", replica], capture_output=True, text=True).stderr
-    assert "the old one serves on" in log
-    stack.point_to("first.onnx")
+    stack.point_to("typo.onnx")
+    try:
+        wait_until(lambda: bool(differs()), 60)
+        wait_until(lambda: "the old one serves on" in log_of(replica), 60)
+    finally:
+        stack.point_to("first.onnx")
     wait_until(lambda: not differs(), 60)
+
+
+def log_of(container: str) -> str:
+    return subprocess.run(["docker", "logs", container], capture_output=True, text=True).stderr
 
 
 def test_a_request_is_found_by_its_id_in_both_logs_and_a_probe_in_none(stack: Stack) -> None:
@@ -157,7 +165,9 @@ def test_a_request_is_found_by_its_id_in_both_logs_and_a_probe_in_none(stack: St
         logs = ["docker", "compose", *stack.options, "logs", "--no-log-prefix", "service", "proxy"]
         shown = subprocess.run(logs, cwd=stack.folder, env=stack.environment, capture_output=True, text=True)
         text = shown.stdout + shown.stderr  # as the containers wrote them
-        logged = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        logged = [
+            json.loads(line) for line in re.findall(r"\{.*\}", text)
+        ]  # Compose puts control characters before them
         return [line for line in logged if str(line.get("request_id", "")).startswith("find-")]
 
     wait_until(lambda: len(lines()) >= 2)
@@ -253,3 +263,41 @@ def test_a_certificate_is_renewed_without_losing_a_request(stack: Stack, tmp_pat
             wait_until(lambda: subject() == "new")
             load.wait_for_answers(20)
         assert set(load.answers) == {"first"}
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[int, list[str]]]:
+    """A receiver on every address of this machine: its port, and the alerts that it was sent."""
+    received: list[str] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            received.extend(alert["labels"]["alertname"] for alert in body["alerts"])
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("0.0.0.0", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], received
+        server.shutdown()
+
+
+def test_an_alert_reaches_the_webhook_and_the_watchdog_does_not(stack: Stack, keys: Path) -> None:
+    stack.start(1)
+    alerting = stack.with_("docker/alerting.yml", KEYS_DIR=str(keys), ALERTMANAGER_PORT=str(free_ports(1)[0]))
+    gateway = docker("network", "inspect", "retinaserve-test_front", "-f", "{{(index .IPAM.Config 0).Gateway}}")
+    with webhook() as (port, received), plain_again(stack):
+        (keys / "alertmanager" / "webhook").write_text(f"http://{gateway}:{port}/")
+        started = subprocess.run(
+            ["docker", "compose", *alerting.options, "up", "--detach", "--wait", "prometheus", "alertmanager"],
+            cwd=stack.folder, env=alerting.environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if "prom/alertmanager" in started.stderr:
+            pytest.skip("the image of Alertmanager cannot be pulled")
+        assert started.returncode == 0, started.stderr
+        known = f"{stack.prometheus}/api/v1/alertmanagers"
+        wait_until(lambda: len(httpx.get(known).json()["data"]["activeAlertmanagers"]) == 1)
+        stack.compose("stop", "proxy")
+        wait_until(lambda: bool(received), 180)
+    assert set(received) == {"RetinaserveProxyDown"}
