@@ -130,6 +130,39 @@ def test_a_proxy_that_is_gone_pages(stack: Stack) -> None:
         stack.start(1)
 
 
+def test_the_number_of_replicas_is_kept_by_every_up(stack: Stack) -> None:
+    two = stack.with_(REPLICAS="2")
+    with plain_again(stack):
+        for _ in range(2):
+            two.compose("up", "--detach", "--wait", "service", "proxy", "prometheus")
+            assert len(two.replicas()) == 2
+        wait_until(lambda: bool(stack.query("retinaserve_replicas_wanted == 2")))
+
+
+def test_changed_rules_are_loaded_by_the_documented_line(stack: Stack) -> None:
+    stack.start(1)
+    rules = stack.folder / "docker" / "prometheus" / "rules.yml"
+    text = rules.read_text()
+    (rules.parent / ".next").write_text(text.replace("vector(0.999)", "vector(0.99)"))
+    (rules.parent / ".next").rename(rules)  # as editors do it
+    try:
+        stack.compose("exec", "prometheus", "sh", "-c", "kill -HUP 1")
+        wait_until(lambda: bool(stack.query("job:retinaserve_objective:ratio == 0.99")))
+    finally:
+        rules.write_text(text)
+        stack.compose("exec", "prometheus", "sh", "-c", "kill -HUP 1")
+
+
+def test_a_folder_of_keys_that_is_not_there_is_an_error_and_is_not_made(stack: Stack, tmp_path: Path) -> None:
+    typo = stack.with_(KEYS_DIR=str(tmp_path / "typo"))
+    command = ["docker", "compose", *typo.options, "up", "--detach", "prometheus"]
+    failed = subprocess.run(command, cwd=stack.folder, env=typo.environment, capture_output=True, text=True)
+    with plain_again(stack):
+        assert failed.returncode != 0
+        assert f"{tmp_path}/typo/prometheus" in failed.stderr
+        assert not (tmp_path / "typo").exists()
+
+
 def test_a_replica_that_was_signalled_is_restarted_when_it_dies(stack: Stack) -> None:
     stack.start(1)
     stack.signal("HUP")
