@@ -107,9 +107,11 @@ def test_a_replica_that_cannot_start_pages_within_two_minutes(stack: Stack) -> N
     with plain_again(stack):
         both.compose("up", "--detach", "service-1", "prometheus")
         started = time.monotonic()
-        wait_until(lambda: answers(stack.prometheus) and bool(both.alerts("firing")), 150)
+        missing = "RetinaserveReplicasMissing"
+        wait_until(lambda: answers(stack.prometheus) and missing in both.alerts("firing"), 150)
         assert time.monotonic() - started < 120
-        assert both.alerts("firing") == {"RetinaserveReplicasMissing"}
+        # What is not there has no address to be named by, but between its starts one may be seen not to answer.
+        assert both.alerts("firing") <= {missing, "RetinaserveDown"}
         both.compose("rm", "--force", "--stop", "service-1")
 
 
