@@ -300,6 +300,27 @@ def test_a_certificate_is_renewed_without_losing_a_request(stack: Stack, tmp_pat
         assert set(load.answers) == {"first"}
 
 
+def test_a_canary_gets_a_share_and_is_measured_apart(stack: Stack) -> None:
+    stack.start(1)
+    canary = stack.with_("docker/canary.yml", CANARY_MODEL="/models/second.onnx", CANARY_PERCENT="50")
+    with plain_again(stack):
+        canary.compose("up", "--detach", "--wait", "service", "canary", "proxy", "prometheus")
+        with Load(stack.api) as load:
+            wait_until(lambda: load.answers.keys() >= {"first", "second"}, 60)
+            wait_until(lambda: bool(stack.query('retinaserve_model_info{job="retinaserve-canary", name="second"}')))
+    assert set(load.answers) == {"first", "second"}
+
+
+def test_with_logs_shipped_the_service_serves_while_no_collector_answers(stack: Stack) -> None:
+    stack.start(1)
+    shipped = stack.with_("docker/logs.yml")
+    with plain_again(stack):
+        shipped.compose("up", "--detach", "--wait", "service", "proxy")
+        with Load(stack.api) as load:
+            load.wait_for_answers(50)
+    assert set(load.answers) == {"first"}
+
+
 @contextmanager
 def webhook() -> Iterator[tuple[int, list[str]]]:
     """A receiver on every address of this machine: its port, and the alerts that it was sent."""
