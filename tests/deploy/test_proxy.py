@@ -334,6 +334,10 @@ def test_a_canary_gets_its_share_and_none_while_it_is_not_ready(tmp_path: Path) 
             shares = Counter(ask_backend(running) for _ in range(60))
             assert min(shares["canary"], shares["replicas"]) > 10
         with proxy(tmp_path, port, CANARY_PERCENT="50", CANARY_PORT=str(canary)) as running:
+            down = (
+                'haproxy_backend_active_servers{proxy="canary"} 0'  # before 3.1 a server is up until its checks failed
+            )
+            wait_until(lambda: down in httpx.get(f"{running.operator}/metrics").text)
             assert {ask_backend(running) for _ in range(20)} == {"replicas"}
 
 
