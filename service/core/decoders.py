@@ -5,6 +5,7 @@ picture's deadline has come, when nobody waits for the picture any more, or when
 never outlives its answer. What comes out of a child is checked before it is used.
 """
 
+import os
 import select
 import socket
 import subprocess
@@ -31,6 +32,8 @@ POLL_SECONDS = 0.05
 MEMORY_BYTES = 1200 * 2**20
 """Of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
 MAX_DRAWING_BYTES = 512 * 2**20
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc: what is larger goes back to the system when it is freed. A large picture's blocks would stay in the heap."""
 KillReason = Literal["deadline", "cancelled", "died"]
 ANSWER = TypeAdapter(Answer)
 
@@ -139,7 +142,9 @@ class _Child:
         with theirs:
             command = [sys.executable, "-m", "service.core.decoder_process", str(theirs.fileno()), str(memory_bytes)]
             # In a session of its own: a terminal's signals are for the service.
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], start_new_session=True, env=os.environ | GIVE_BACK
+            )
 
     def ask(self, request: Request, job: Job) -> tuple[Answer, bytearray] | KillReason:
         """Its answer, or why it must be killed."""
