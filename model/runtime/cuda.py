@@ -1,7 +1,7 @@
 """CUDA: a session for each input shape, each with two lanes: one runs while the other is uploaded.
 
 A batch is padded to the next power of two, to keep the shapes few. What the models of the process share is in
-`model.runtime.cuda_device`, one session in `model.runtime.cuda_session`. Nothing here has run on a GPU yet.
+`model.runtime.cuda_device`, one session in `model.runtime.cuda_session`.
 """
 
 import logging

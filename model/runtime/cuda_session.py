@@ -49,17 +49,19 @@ class InputShape(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """What only a card decides, and tests/benchmarks/gpu.py varies. None of it has been measured yet."""
+    """What only a card decides; the defaults by what an H200 did (BENCHMARKS.md, `python -m tests.benchmarks.gpu`)."""
 
     use_tf32: bool = True
     """fp32 convolutions and products by tensor cores, with 10 bits of mantissa."""
     prefer_nhwc: bool = True
-    """Tensor cores want it: else cuDNN transposes around every convolution."""
-    fuse_conv_bias: bool = True
-    """Saves a kernel for each convolution, on the largest maps too."""
+    """Tensor cores want it: 1.2 times as fast."""
+    fuse_conv_bias: bool = False
+    """With NHWC alone; 1.1 times as fast in batches of 1, 1.3 in batches of 8. But each shape's plan takes 4 s, in
+    which nothing else runs, instead of 0.3."""
     capture_graph: bool = False
-    """Record a run's kernels once and replay them: see CUDA graphs. A replay writes where its recording did, so these
-    sessions share no arena: in a shared one another session's weights might have come to lie there."""
+    """Record a run's kernels once and replay them: 1.1 times as fast in batches of 1, no gain in larger ones. A replay
+    writes where its recording did, so these sessions share no arena: in a shared one another session's weights might
+    have come to lie there."""
     algorithm_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
     """How cuDNN's plans are chosen; ONNX Runtime's own default tries all of them, for each new shape."""
 
