@@ -6,21 +6,40 @@ BIN := $(VENV)/bin
 RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install test check format demo-model ablations article bench docker-test docker-requirements clean
+.PHONY: serve install check lint fast-test test test-foreign coverage format demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see BENCHMARKS.md
 
 install: $(VENV)/.everything-$(RUNTIME) ## all that a contributor needs
 
-test: install ## the whole test suite
-	$(BIN)/python -m pytest
+check: lint $(if $(filter test,$(MAKECMDGOALS)),,fast-test) ## format, lint, types, fast tests (once, if `test` is asked for too): run it before every commit
 
-check: install ## format, lint, types, fast tests: run it before every commit
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+fast-test: install
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test: install ## the whole test suite; prints minutes by folder
+	$(BIN)/python -m pytest
+
+# A folder of tests/foreign has a requirements.txt, which is all that its environment holds, pytest included.
+FOREIGN := $(patsubst tests/foreign/%/requirements.txt,%,$(wildcard tests/foreign/*/requirements.txt))
+
+test-foreign: $(FOREIGN:%=.venv-%/.installed) ## what cannot share .venv: each folder of tests/foreign, in its .venv-NAME
+	$(if $(FOREIGN),,@echo "test-foreign: no folder of tests/foreign has a requirements.txt, so there is nothing to run")
+	@for name in $(FOREIGN); do .venv-$$name/bin/python -m pytest tests/foreign/$$name || exit 1; done
+
+.venv-%/.installed: tests/foreign/%/requirements.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+coverage: install ## the lines of model and service that their tests run: at least 95 %
+	$(BIN)/python -m pytest -q --cov=model --cov=service --cov-report=term-missing:skip-covered --cov-fail-under=95 tests/model tests/service
 
 format: install
 	$(BIN)/ruff format .

@@ -1,0 +1,30 @@
+"""At the end of a run, minutes by folder, against the budget of `make test` on two quiet cores.
+
+It imports nothing of ours: the environments of tests/foreign read it too.
+"""
+
+import collections
+from pathlib import PurePosixPath
+
+import pytest
+
+BUDGET_MINUTES = {"model": 2, "training": 5, "service": 3, "system": 5, "deploy": 2}
+
+
+def folder_of(node_id: str) -> str:
+    """The folder of tests/ that a test is in, however deep; `.` for those in none."""
+    parts = PurePosixPath(node_id.partition("::")[0]).parts
+    return parts[1] if len(parts) > 2 else "."
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    minutes = collections.Counter[str]()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            minutes[folder_of(report.nodeid)] += report.duration / 60  # type: ignore[assignment]
+    told = [
+        f"{folder} {spent:.1f}" + (f" of {BUDGET_MINUTES[folder]}" if folder in BUDGET_MINUTES else "")
+        for folder, spent in minutes.most_common()
+    ]
+    if told:
+        terminalreporter.write_line(f"minutes by folder, of the budget on two quiet cores: {', '.join(told)}")
