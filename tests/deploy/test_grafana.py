@@ -6,9 +6,9 @@ import math
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from service.metrics import Metrics
-from tests.support.serving import FakeDetector, picture, serving, wait_until
+from tests.support.load import constantly, free_ports
+from tests.support.serving import FakeDetector, detect, serving, wait_until
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DASHBOARD = json.loads((DOCKER / "grafana" / "retinaserve.json").read_text())
@@ -96,7 +97,8 @@ def prometheus(folder: Path, targets: list[str]) -> Iterator[str]:
         "scrape_configs": [{"job_name": "retinaserve", "static_configs": [{"targets": targets}]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
+    [port] = free_ports(1)
+    address = f"127.0.0.1:{port}"
     options = {
         "config.file": folder / "prometheus.yml",
         "storage.tsdb.path": folder / "tsdb",
@@ -113,36 +115,11 @@ def prometheus(folder: Path, targets: list[str]) -> Iterator[str]:
         process.wait(timeout=30)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def answers(url: str) -> bool:
     try:
         return httpx.get(url).status_code == 200
     except httpx.TransportError:
         return False
-
-
-@contextmanager
-def load(url: str) -> Iterator[None]:
-    """Post one picture after the other until the block ends."""
-    over = threading.Event()
-
-    def post() -> None:
-        with httpx.Client(base_url=url, headers={"Content-Type": "image/png"}) as client:
-            while not over.wait(0.05):
-                client.post("/detect", content=picture())
-
-    thread = threading.Thread(target=post)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def has_data(server: str, expr: str) -> bool:
@@ -157,9 +134,13 @@ def has_data(server: str, expr: str) -> bool:
     shutil.which("prometheus") is None, reason="prometheus is not installed (Debian: apt install prometheus)"
 )
 def test_every_panel_has_data_under_load(tmp_path: Path) -> None:
+    def post(client: int) -> None:
+        time.sleep(0.05)
+        detect(replica)
+
     with (
         serving(FakeDetector()) as replica,
-        load(replica.url),
+        constantly(1, post),
         gpu_replica() as gpu,
         prometheus(tmp_path, [replica.url.removeprefix("http://"), gpu]) as server,
     ):

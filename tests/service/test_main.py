@@ -18,13 +18,9 @@ import pytest
 from service.__main__ import serve
 from service.config import Settings
 from tests.support.faulty_models import write_slow_model
-from tests.support.load import PNG
-from tests.support.serving import ServerProcess, picture, server_process, wait_until
+from tests.support.load import connected, listens, request_head
+from tests.support.serving import PNG, ServerProcess, detect, picture, server_process, wait_until
 from tests.support.tiny_model import write_tiny_model
-
-
-def detect(server: ServerProcess, **options: object) -> httpx.Response:
-    return httpx.post(server.url + "/detect", content=picture(), headers=PNG, verify=False, **options)  # type: ignore[arg-type]
 
 
 def status(server: ServerProcess, path: str) -> int:
@@ -59,26 +55,14 @@ def test_sigterm_drains_not_ready_at_once_but_serving_then_exits_0(tmp_path: Pat
 def test_what_is_in_flight_when_the_listener_closes_is_answered(tmp_path: Path) -> None:
     image = picture()
     with server_process(tmp_path, "--drain-delay-seconds", "0") as server:
-        url = httpx.URL(server.url)
-        with socket.create_connection((url.host, url.port or 80)) as connection:
-            head = (
-                f"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
-            )
-            connection.sendall(head.encode() + image[:10])
+        with connected(server.url) as connection:
+            connection.sendall(request_head(len(image)) + image[:10])
             wait_until(lambda: "http_requests_in_flight 2.0" in httpx.get(server.url + "/metrics").text)
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: not accepts(url))
+            wait_until(lambda: not listens(server.url))
             connection.sendall(image[10:])
             assert b" 200 OK" in connection.recv(65536)
         assert server.process.wait(30) == 0
-
-
-def accepts(url: httpx.URL) -> bool:
-    try:
-        socket.create_connection((url.host, url.port or 80)).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
@@ -133,7 +117,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready_and_can_be_stopped(tmp_
     never_read = tmp_path / "model.onnx"
     os.mkfifo(never_read)
     with server_process(tmp_path, "--drain-delay-seconds", "0", model_path=never_read, ready=False) as server:
-        wait_until(lambda: accepts(httpx.URL(server.url)))
+        wait_until(lambda: listens(server.url))
         assert (status(server, "/healthz"), status(server, "/readyz"), status(server, "/model")) == (200, 503, 503)
         answer = detect(server)
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")

@@ -20,7 +20,8 @@ import psutil
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-PNG = {"Content-Type": "image/png"}
+from tests.support.serving import PNG
+
 PATIENCE_SECONDS = 120
 """A request that takes longer hangs."""
 
@@ -112,9 +113,9 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in taken]
 
 
-def listens(port: int) -> bool:
+def listens(url: str) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port)).close()
+        connected(url).close()
     except ConnectionRefusedError:
         return False
     return True

@@ -92,7 +92,7 @@ def test_where_no_byte_can_be_written_requests_are_served(tmp_path: Path) -> Non
         subprocess.Popen([*NO_FILE_MAY_GROW, *command, *flags], stdout=full, stderr=full) as process,
     ):
         try:
-            wait_until(lambda: process.poll() is not None or listens(port))
+            wait_until(lambda: process.poll() is not None or listens(url))
             wait_until(lambda: process.poll() is not None or get(url, "/readyz") == 200)
             assert ask(url, "/detect", large.read(), large.headers).status == 200
             assert [ask(url, body=image).status for image in (*IMAGES, b"no image")] == [200] * len(IMAGES) + [422]

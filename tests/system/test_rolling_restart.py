@@ -62,11 +62,11 @@ backend replicas
 class Proxy:
     def __init__(self, front: int, statistics: int) -> None:
         self.url = f"http://127.0.0.1:{front}"
-        self._statistics = f"http://127.0.0.1:{statistics}"
+        self.statistics = f"http://127.0.0.1:{statistics}"
 
     def serves_with(self, *replicas: str) -> bool:
         """Whether these replicas, and no others, pass their checks."""
-        rows = csv.DictReader(io.StringIO(ask(self._statistics, "/;csv", method="GET").body.decode()))
+        rows = csv.DictReader(io.StringIO(ask(self.statistics, "/;csv", method="GET").body.decode()))
         up = [row["svname"] for row in rows if row["# pxname"] == "replicas" and row["status"].startswith("UP")]
         return set(up) - {"BACKEND"} == set(replicas)
 
@@ -80,7 +80,7 @@ def proxy(folder: Path, first: int, second: int) -> Iterator[Proxy]:
         process = subprocess.Popen([str(HAPROXY), "-db", "-f", str(config)], stdout=log, stderr=log)
     running = Proxy(front, statistics)
     try:
-        wait_until(lambda: process.poll() is not None or listens(statistics))
+        wait_until(lambda: process.poll() is not None or listens(running.statistics))
         assert process.poll() is None, (folder / "haproxy.log").read_text()
         yield running
     finally:

@@ -3,10 +3,8 @@
 On the CPU, with gloo. Heads and backbone without batch statistics, which each process would have of its own.
 """
 
-import contextlib
 import pickle
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import torch.multiprocessing
 
 from model.metadata import Label, ResizePolicy
 from model.types import Candidates, CanvasImage
+from tests.support.load import free_ports
 from tests.support.tiny_training import TINY, environment, metrics, train_command, write_tiny_data
 from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
@@ -166,13 +165,7 @@ def test_evaluation_across_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     validation_set = load_coco(data, "val")
     alone = evaluate(nearly_right(validation_set), validation_set, progress=False)
     assert 0.3 < alone.ap < 0.99
-    torch.multiprocessing.spawn(evaluate_share, (data, tmp_path, free_port()), nprocs=2)
+    torch.multiprocessing.spawn(evaluate_share, (data, tmp_path, *free_ports(1)), nprocs=2)
     reports: list[ApReport] = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
     assert repr(reports[0]) == repr(reports[1]) == repr(alone)  # repr: NaN is equal to itself
     assert alone.num_images == 7
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,8 +13,7 @@ from PIL import Image
 
 from model.detector import Detector
 from service.api.schemas import Answer, BatchAnswer, Problem
-from tests.support.load import PNG
-from tests.support.serving import Serving, assert_problem, detect, picture, serving
+from tests.support.serving import PNG, Serving, assert_problem, detect, picture, serving
 from tests.support.tiny_model import write_tiny_model
 
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}

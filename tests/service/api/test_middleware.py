@@ -1,7 +1,6 @@
 """What surrounds every request: its id, keys, other origins."""
 
-from tests.support.load import PNG
-from tests.support.serving import FakeDetector, Serving, assert_problem, detect, picture, serving
+from tests.support.serving import PNG, FakeDetector, Serving, assert_problem, detect, picture, serving
 
 
 def test_a_request_id_is_taken_over_or_made(server: Serving) -> None:

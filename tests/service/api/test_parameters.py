@@ -1,7 +1,6 @@
 """What the query decides, and who wins over whom."""
 
-from tests.support.load import PNG
-from tests.support.serving import FakeDetector, Serving, detect, picture, serving
+from tests.support.serving import PNG, FakeDetector, Serving, detect, picture, serving
 
 
 def test_the_query_decides_what_is_kept(server: Serving) -> None:

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from service.api.replies import picture_wanted
-from tests.support.load import PNG
-from tests.support.serving import Serving, assert_problem, detect, picture
+from tests.support.serving import PNG, Serving, assert_problem, detect, picture
 
 
 @pytest.mark.parametrize(("media_type", "kind"), [("image/png", "PNG"), ("image/jpeg", "JPEG")])

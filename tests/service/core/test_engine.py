@@ -13,14 +13,9 @@ import pytest
 
 from model.detector import Detector, InferenceFailed
 from model.types import CanvasImage
-from tests.support.serving import FakeDetector, Serving, picture, serving
+from tests.support.load import connected, request_head
+from tests.support.serving import PNG, FakeDetector, Serving, detect, picture, serving
 from tests.support.tiny_model import write_tiny_model
-
-PNG = {"Content-Type": "image/png"}
-
-
-def detect(server: Serving, image: bytes | None = None, **query: object) -> httpx.Response:
-    return server.client.post("/detect", content=image or picture(), headers=PNG, params=query)  # type: ignore[arg-type]
 
 
 def in_background(count: int, call: Callable[[], httpx.Response]) -> list["Future[httpx.Response]"]:
@@ -28,14 +23,9 @@ def in_background(count: int, call: Callable[[], httpx.Response]) -> list["Futur
     return [pool.submit(call) for _ in range(count)]
 
 
-def connected(server: Serving) -> socket.socket:
-    url = httpx.URL(server.url)
-    return socket.create_connection((url.host, url.port or 80))
-
-
 def send_image(connection: socket.socket, image: bytes, but_last_bytes: int = 0) -> None:
-    head = f"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
-    connection.sendall((head.encode() + image)[: len(head) + len(image) - but_last_bytes])
+    whole = request_head(len(image)) + image
+    connection.sendall(whole[: len(whole) - but_last_bytes])
 
 
 def failure(kind: str, fatal: bool = False) -> InferenceFailed:
@@ -73,7 +63,7 @@ def test_a_refused_client_can_use_its_connection_again(arrives: str) -> None:
         detector.gate.clear()
         [first] = in_background(1, lambda: detect(server))
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
-        with connected(server) as connection:
+        with connected(server.url) as connection:
             for count in (1, 2):
                 later = 10 if arrives == "in two parts" else 0
                 send_image(connection, picture(), but_last_bytes=later)
@@ -136,7 +126,7 @@ def test_of_a_crowd_only_what_the_device_takes_next_is_decoded() -> None:
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 12)
         server.wait_until(lambda: line.snapshot().ready == ahead)
         assert line.snapshot().encoded == 12 - running - ahead
-        with connected(server) as leaving:
+        with connected(server.url) as leaving:
             send_image(leaving, picture())
             server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 13)
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 12)
@@ -153,9 +143,9 @@ def test_clients_that_leave_while_all_that_is_decoded_waits_make_room_for_the_ot
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
         with contextlib.ExitStack() as leave:
             for _ in range(4):
-                send_image(leave.enter_context(connected(server)), picture())
+                send_image(leave.enter_context(connected(server.url)), picture())
             server.wait_until(lambda: line.snapshot().ready == 4)
-            send_image(stay.enter_context(connected(server)), picture())
+            send_image(stay.enter_context(connected(server.url)), picture())
             server.wait_until(lambda: line.snapshot().encoded == 1)
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 2)
         server.wait_until(lambda: line.snapshot().ready == 1)
@@ -170,7 +160,7 @@ def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> 
         detector.gate.clear()
         [first] = in_background(1, lambda: detect(server))
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
-        with connected(server) as leaving:
+        with connected(server.url) as leaving:
             send_image(leaving, picture())
             server.wait_until(lambda: server.service.engine.line.snapshot().ready == 1)
         server.wait_until(lambda: outcomes(server)["cancelled"] == 1)
@@ -183,7 +173,7 @@ def test_a_client_that_leaves_the_queue_is_counted_and_its_image_never_run() -> 
 
 def test_a_client_that_leaves_in_the_middle_of_its_upload_is_counted_and_forgotten() -> None:
     with serving(FakeDetector()) as server:
-        with connected(server) as leaving:
+        with connected(server.url) as leaving:
             send_image(leaving, picture(), but_last_bytes=1)
             server.wait_until(lambda: server.metric("http_requests_in_flight") == 1)
         server.wait_until(lambda: outcomes(server)["cancelled"] == 1)
@@ -225,7 +215,7 @@ def test_images_that_waited_share_a_batch_and_each_gets_its_own_answer() -> None
         def ask(number: int) -> httpx.Response:
             image = picture(64 + 10 * (number % 3), 64, (number * 4, 0, 0))
             query = {"score_threshold": 0.5} if number % 2 else {}
-            return detect(server, image, **query)
+            return detect(server, content=image, headers=PNG, params=query)
 
         answers = [pool.submit(ask, number) for number in range(60)]
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 60)
@@ -247,7 +237,7 @@ def test_one_image_that_fails_does_not_fail_its_neighbours() -> None:
     with serving(detector := FakeDetector(fault=fail_on_black), max_batch_size=8) as server:
         detector.gate.clear()
         good = in_background(4, lambda: detect(server))
-        bad = in_background(1, lambda: detect(server, picture(colour=(0, 0, 0))))
+        bad = in_background(1, lambda: detect(server, content=picture(colour=(0, 0, 0)), headers=PNG))
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 5)
         detector.gate.set()
         assert [answer.result().status_code for answer in good] == [200] * 4
@@ -262,7 +252,7 @@ def test_a_real_network_that_raises_fails_that_image_alone(tmp_path: Path) -> No
     write_tiny_model(tmp_path / "faulty.onnx", fail_on_white=True)
     with serving(Detector(tmp_path / "faulty.onnx", device="cpu"), max_batch_size=8) as server:
         for colour, status in (((255, 255, 255), 500), ((9, 99, 199), 200)):
-            assert detect(server, picture(colour=colour)).status_code == status
+            assert detect(server, content=picture(colour=colour), headers=PNG).status_code == status
         assert server.metric("retinaserve_device_errors_total", kind="other") == 1
 
 
