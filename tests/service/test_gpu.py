@@ -17,9 +17,10 @@ class NVMLError(Exception):
 
 @dataclass
 class FakeNvml:
-    """One GPU; `broken` makes the driver absent."""
+    """One GPU; `broken` makes the driver absent, `silent` leaves the energy unanswered."""
 
     broken: bool = False
+    silent: bool = False
     joules: int = 500
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0
@@ -47,6 +48,8 @@ class FakeNvml:
         return 55
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+        if self.silent:
+            raise NVMLError("not supported")
         return self.joules * 1000
 
 
@@ -67,3 +70,10 @@ def test_without_nvml_there_are_no_gpu_series(nvml: FakeNvml | None, caplog: pyt
     metrics = Metrics()
     with caplog.at_level(logging.INFO), sample_gpus(metrics, nvml):
         assert b"retinaserve_gpu" not in metrics.text()
+
+
+def test_a_reading_that_fails_is_told_in_the_log_and_the_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    with sample_gpus(metrics, FakeNvml(silent=True)):
+        wait_until(lambda: "GPU metrics are incomplete: not supported" in caplog.text)
+    assert metrics.registry.get_sample_value("retinaserve_gpu_memory_used_bytes", {"gpu": "0", "uuid": "GPU-1"}) == 3

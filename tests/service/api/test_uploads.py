@@ -7,11 +7,11 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from service.api.connections import BoundedProtocol
-from service.api.uploads import MultipartImages
+from service.api.uploads import MalformedRequest, MultipartImages
+from tests.support.load import connected
 from tests.support.serving import FakeDetector, Serving, picture, serving, wait_until
 
 HEAD = b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -23,13 +23,6 @@ def server() -> Iterator[Serving]:
         yield running
 
 
-def connected(server: Serving) -> socket.socket:
-    url = httpx.URL(server.url)
-    connection = socket.create_connection((url.host, url.port or 80))
-    connection.settimeout(30)
-    return connection
-
-
 def answer(connection: socket.socket) -> bytes:
     """All that comes until the server closes."""
     parts = []
@@ -39,7 +32,7 @@ def answer(connection: socket.socket) -> bytes:
 
 
 def test_a_body_that_does_not_arrive_in_time_gets_408(server: Serving) -> None:
-    with connected(server) as connection:
+    with connected(server.url) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
         assert b" 408 " in (said := answer(connection)) and b"upload_timeout" in said
     assert server.metric("retinaserve_requests_total", outcome="timeout") >= 1
@@ -47,7 +40,7 @@ def test_a_body_that_does_not_arrive_in_time_gets_408(server: Serving) -> None:
 
 def test_a_body_in_one_byte_pieces_is_read(server: Serving) -> None:
     image = picture(8, 8)
-    with connected(server) as connection:
+    with connected(server.url) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
         for byte in image:
@@ -57,7 +50,7 @@ def test_a_body_in_one_byte_pieces_is_read(server: Serving) -> None:
 
 
 def test_a_client_that_waits_for_100_continue_need_not_send_what_is_too_large(server: Serving) -> None:
-    with connected(server) as connection:
+    with connected(server.url) as connection:
         connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n")
         said = connection.recv(65536)
         assert b" 413 " in said and b"100 Continue" not in said
@@ -65,7 +58,7 @@ def test_a_client_that_waits_for_100_continue_need_not_send_what_is_too_large(se
 
 def test_an_early_refusal_reaches_a_client_that_sends_its_whole_body_first(server: Serving) -> None:
     size = 30 * 2**20
-    with connected(server) as connection:
+    with connected(server.url) as connection:
         connection.sendall(HEAD.replace(b"/detect", b"/nowhere") + b"Content-Length: %d\r\n\r\n" % size)
         connection.sendall(b"\0" * size)
         said = answer(connection)
@@ -74,7 +67,7 @@ def test_an_early_refusal_reaches_a_client_that_sends_its_whole_body_first(serve
 
 def test_a_body_that_will_not_fit_into_the_total_takes_no_room_from_others(server: Serving) -> None:
     uploads = server.service.uploads
-    with connected(server) as holding, connected(server) as refused:
+    with connected(server.url) as holding, connected(server.url) as refused:
         holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
         wait_until(lambda: uploads.bytes_in_flight == 900_000)
         refused.sendall(HEAD + b"Content-Length: 400000\r\n\r\n")
@@ -84,7 +77,7 @@ def test_a_body_that_will_not_fit_into_the_total_takes_no_room_from_others(serve
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 400000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n61a80\r\n"])
 def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server: Serving, framing: bytes) -> None:
-    with connected(server) as holding, connected(server) as refused:
+    with connected(server.url) as holding, connected(server.url) as refused:
         holding.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"\0" * 900_000)
         uploads = server.service.uploads
         wait_until(lambda: uploads.bytes_in_flight == 900_000)
@@ -98,7 +91,7 @@ def test_uploads_beyond_the_total_get_429_and_their_bytes_are_given_back(server:
 
 
 def test_many_half_sent_uploads_do_not_keep_good_requests_from_being_served(server: Serving) -> None:
-    rude = [connected(server) for _ in range(50)]
+    rude = [connected(server.url) for _ in range(50)]
     for connection in rude:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
     for _ in range(5):
@@ -111,10 +104,10 @@ def test_many_half_sent_uploads_do_not_keep_good_requests_from_being_served(serv
 
 def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedProtocol, "header_seconds", 0.3)
-    with serving(FakeDetector()) as server, connected(server) as slow:
+    with serving(FakeDetector()) as server, connected(server.url) as slow:
         slow.sendall(b"POST /detect HTTP/1.1\r\nHo")
         assert answer(slow) == b""
-        with connected(server) as kept:
+        with connected(server.url) as kept:
             for _ in range(2):
                 kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
                 said = b""
@@ -126,7 +119,7 @@ def test_a_client_slow_with_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPat
 
 def test_so_is_one_that_is_slow_with_its_second_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedProtocol, "header_seconds", 0.3)
-    with serving(FakeDetector()) as server, connected(server) as slow:
+    with serving(FakeDetector()) as server, connected(server.url) as slow:
         slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_until(lambda: server.metric("http_requests_total", method="GET", route="/healthz", status="200") == 1)
         slow.sendall(b"GET /hea")
@@ -140,6 +133,20 @@ def test_a_multipart_body_is_the_same_however_it_is_cut() -> None:
         for start in range(0, len(body), size):
             form.feed(body[start : start + size])
         assert form.finish() == [b"\r\n--\r\n--b-\r"]
+
+
+def test_a_form_without_a_part_is_told_which_field_it_lacks() -> None:
+    form = MultipartImages(b"b", max_images=1, max_image_bytes=100)
+    form.feed(b"--b--\r\n")
+    with pytest.raises(MalformedRequest, match="the form has no file field 'image'"):
+        form.finish()
+
+
+def test_a_boundary_longer_than_any_client_makes_is_refused(server: Serving) -> None:
+    headers = {"Content-Type": f"multipart/form-data; boundary={'b' * 1000}"}
+    response = server.client.post("/detect", content=b"", headers=headers)
+    assert (response.status_code, response.json()["code"]) == (400, "malformed_request")
+    assert "the multipart boundary is not valid" in response.json()["detail"]
 
 
 def test_a_forms_images_are_given_back_without_the_garbage_collector() -> None:
@@ -166,7 +173,7 @@ def test_good_requests_are_answered_while_others_upload_slowly(server: Serving) 
     stop = threading.Event()
 
     def trickle() -> None:
-        with connected(server) as connection:
+        with connected(server.url) as connection:
             connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
             while not stop.wait(0.05):
                 connection.sendall(b"x")
