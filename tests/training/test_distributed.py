@@ -3,6 +3,7 @@
 On the CPU, with gloo. Heads and backbone without batch statistics, which each process would have of its own.
 """
 
+import functools
 import pickle
 import signal
 import subprocess
@@ -40,13 +41,28 @@ STEADY = replace(
 )
 
 
+Losses = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+"""[steps, 2]: classification and box loss of each step."""
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_data(tmp_path_factory.mktemp("data") / "boxes", training_pictures=9)
 
 
-def losses_of(config: TrainConfig, data: Path, out: Path, *, processes: int) -> np.ndarray:  # type: ignore[type-arg]
-    """[steps, 2]: classification and box loss of each step."""
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], tuple[Path, Losses]]:
+    """The run folder and the losses of one process, trained once for each config."""
+
+    @functools.cache
+    def trained(config: TrainConfig) -> tuple[Path, Losses]:
+        out = tmp_path_factory.mktemp("alone") / "run"
+        return out, losses_of(config, data, out, processes=0)
+
+    return trained
+
+
+def losses_of(config: TrainConfig, data: Path, out: Path, *, processes: int) -> Losses:
     command = train_command(config, data, out, processes=processes)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -57,12 +73,14 @@ def losses_of(config: TrainConfig, data: Path, out: Path, *, processes: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("normaliser", "parts"), [("image", 1), ("batch", 1), ("batch", 2)])
-def test_two_processes_have_the_losses_of_one(data: Path, tmp_path: Path, normaliser: str, parts: int) -> None:
+def test_two_processes_have_the_losses_of_one(
+    data: Path, tmp_path: Path, alone: Callable[[TrainConfig], tuple[Path, Losses]], normaliser: str, parts: int
+) -> None:
     config = replace(STEADY, precision="fp64", loss=LossConfig(normaliser=normaliser))  # type: ignore[arg-type]
-    one = losses_of(config, data, tmp_path / "one", processes=0)
+    folder, one = alone(config)
     two = losses_of(replace(config, accumulate_steps=parts), data, tmp_path / "two", processes=2)
     np.testing.assert_allclose(two, one, rtol=1e-9)
-    weights, expected = (load_checkpoint(tmp_path / name / "last.pt").model for name in ("two", "one"))
+    weights, expected = (load_checkpoint(run / "last.pt").model for run in (tmp_path / "two", folder))
     for name, value in new_state(config, 2, torch.device("cpu"), ALONE, pretrained=False).network.named_parameters():
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-9, atol=1e-12)
         assert not torch.equal(weights[name], value), f"{name} did not change"
