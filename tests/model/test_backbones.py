@@ -1,7 +1,9 @@
 """Every backbone trains a step, is exported, and the file finds what the checkpoint finds."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,21 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
+from model.anchors import AnchorConfig
 from model.backbones import BACKBONES, build_backbone
 from model.detector import Detector
 from model.image import to_canvas
 from model.retinanet import RetinaNet, RetinaNetConfig
 from tests.support.networks import SMALL_CANVAS, TINY, draw, missing, tiny_checkpoint
-from training.checkpoint import build_detector
+from training.checkpoint import build_detector, load_checkpoint, save_checkpoint
 from training.config import LossConfig
 from training.evaluate import torch_run
 from training.exchange.onnx_file import export
 from training.losses import retinanet_losses
 from training.transforms import TensorTarget
 
+THREE_LEVELS = AnchorConfig(base_sizes=(32, 64, 128))
+"""P3 to P5, those that come from a backbone: a file of five takes half as long again to export."""
 NARROW = (("resnet18", 0.25), ("resnet34", 0.5), ("mobilenet_v3_small", 0.5), ("mobilenet_v3_large", 0.5))
 ALL = [(name, 1.0) for name in BACKBONES] + list(NARROW)
 
@@ -115,14 +120,28 @@ def test_unknown_names_and_widths_that_cannot_be_are_refused() -> None:
         build_backbone("resnet18", width=0.5, pretrained=True)
 
 
+@pytest.fixture(scope="module")
+def exports(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "AsyncResult[Path]"]:
+    folder = tmp_path_factory.mktemp("backbones")
+    return {name: exporters.apply_async(checkpoint_and_file, (name, folder / name)) for name in BACKBONES}
+
+
+def checkpoint_and_file(name: str, folder: Path) -> Path:
+    """The folder, with model.pt and model.onnx."""
+    checkpoint = tiny_checkpoint(config=replace(config(name, 1.0), anchors=THREE_LEVELS))
+    export(checkpoint, folder / "model.onnx", name=name)
+    save_checkpoint(checkpoint, folder / "model.pt")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the deepest export takes a minute on a free core
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_exported_file_finds_what_the_checkpoint_finds(name: str, tmp_path: Path) -> None:
+def test_the_exported_file_finds_what_the_checkpoint_finds(name: str, exports: dict[str, "AsyncResult[Path]"]) -> None:
     """Their candidates are compared: which of two near-equal boxes NMS keeps is a matter of the last bit."""
-    checkpoint = tiny_checkpoint(config=config(name, 1.0))
-    export(checkpoint, tmp_path / "x.onnx", name=name)
-    run, detector = torch_run(build_detector(checkpoint)), Detector(tmp_path / "x.onnx", device="cpu")
+    folder = exports[name].get()
+    checkpoint = load_checkpoint(folder / "model.pt")
+    run, detector = torch_run(build_detector(checkpoint)), Detector(folder / "model.onnx", device="cpu")
     canvases = [to_canvas(draw(128, 200, seed), SMALL_CANVAS) for seed in range(9, 13)]
     answers = [(run([canvas])[0], detector.run([canvas])[0]) for canvas in canvases]
     absent, wanted = np.sum([missing(expected, found, score_tolerance=2e-3) for expected, found in answers], axis=0)
@@ -131,3 +150,4 @@ def test_the_exported_file_finds_what_the_checkpoint_finds(name: str, tmp_path: 
     known = [label.class_id for label in checkpoint.labels]
     found = detector.detect(draw(128, 200, 9))
     assert len(found) and np.isin(found.labels, known).all()
+    shutil.rmtree(folder)  # hundreds of megabytes

@@ -1,7 +1,7 @@
 """The exported graph where graphs break: no detections, tiny and long pictures, batches, one class and five hundred."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from training.exchange.onnx_file import export
 
 pytestmark = pytest.mark.slow
 ANCHORS_PER_CELL = 9
+NUM_CLASSES = (1, 500)
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,20 @@ class Case:
     detector: Detector
 
 
-@pytest.fixture(scope="module", params=[1, 500])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    file = tmp_path_factory.mktemp("hard") / "detector.onnx"
-    export(tiny_checkpoint(request.param), file, name="hard")
-    yield Case(request.param, file, Detector(file, device="cpu"))
+@pytest.fixture(scope="module")
+def files(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[int, "AsyncResult[Path]"]:
+    return {count: exporters.apply_async(exported, (count, tmp_path_factory.mktemp("hard"))) for count in NUM_CLASSES}
+
+
+def exported(num_classes: int, folder: Path) -> Path:
+    export(tiny_checkpoint(num_classes), folder / "detector.onnx", name="hard")
+    return folder / "detector.onnx"
+
+
+@pytest.fixture(scope="module", params=NUM_CLASSES)
+def case(request: pytest.FixtureRequest, files: dict[int, "AsyncResult[Path]"]) -> Case:
+    file = files[request.param].get()
+    return Case(request.param, file, Detector(file, device="cpu"))
 
 
 def test_the_file_says_what_its_anchors_are(case: Case) -> None:

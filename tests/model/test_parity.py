@@ -5,8 +5,10 @@ the scale is exactly 1. The resize itself is compared in test_image.py.
 """
 
 import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import httpx
@@ -41,21 +43,31 @@ class Case:
     """torchvision's own answers to PICTURES."""
 
 
+@pytest.fixture(scope="module")
+def cases(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "AsyncResult[Case]"]:
+    folder = tmp_path_factory.mktemp("parity")
+    return {arch: exporters.apply_async(imported_and_exported, (arch, folder / arch)) for arch in ARCHITECTURES}
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp(request.param)
+def case(request: pytest.FixtureRequest, cases: dict[str, "AsyncResult[Case]"]) -> Iterator[Case]:
+    case = cases[request.param].get()
+    yield case
+    shutil.rmtree(case.file.parent)  # 300 MB
+
+
+def imported_and_exported(arch: str, folder: Path) -> Case:
+    folder.mkdir()
     torch.manual_seed(0)
-    network = getattr(torchvision.models.detection, request.param)(
+    network = getattr(torchvision.models.detection, arch)(
         weights=None, weights_backbone=None, min_size=RESIZE.shorter_side, max_size=RESIZE.longest_side
     )
     enliven(network, [draw(224, 288, seed) for seed in range(100, 102)])
     torch.save(network.state_dict(), folder / "weights.pth")
-    checkpoint = import_weights(request.param, str(folder / "weights.pth"))
+    checkpoint = import_weights(arch, str(folder / "weights.pth"))
     config = replace(checkpoint.config, resize=RESIZE)
     export(replace(checkpoint, config=config), folder / "imported.onnx", name="imported")
-    yield Case(folder / "imported.onnx", [torchvisions(network, picture) for picture in PICTURES])
-    for file in folder.iterdir():
-        file.unlink()  # 300 MB
+    return Case(folder / "imported.onnx", [torchvisions(network, picture) for picture in PICTURES])
 
 
 def torchvisions(network: torch.nn.Module, picture: Pixels) -> Detections:

@@ -74,9 +74,10 @@ def enliven(network: nn.Module, pictures: Sequence[Pixels]) -> None:
         for names in PYRAMID:
             levels = _levels(backbone, images)
             for level, name in names.items():
-                _rescale(backbone.get_submodule(name), SPREAD[level] / float(levels[level].std()))
-                bias = backbone.get_parameter(f"{name}.bias")
-                bias.copy_(1.5 * SPREAD[level] * torch.randn(bias.shape))
+                if level < len(levels):  # P6 and P7 may be absent
+                    _rescale(backbone.get_submodule(name), SPREAD[level] / float(levels[level].std()))
+                    bias = backbone.get_parameter(f"{name}.bias")
+                    bias.copy_(1.5 * SPREAD[level] * torch.randn(bias.shape))
         levels = _levels(backbone, images)
         logits = torch.cat(_each(head.get_submodule("classification_head"), "cls_logits", levels))
         deltas = _each(head.get_submodule("regression_head"), "bbox_reg", levels)
