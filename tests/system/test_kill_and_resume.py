@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from tests.support.tiny_training import TINY, environment, metrics, train_command, write_tiny_data
+from training.__main__ import main
 from training.checkpoint import load_checkpoint
 from training.config import TrainConfig
 
-CONFIG = replace(TINY, steps=40, checkpoint_every=1, evaluate_every=7, log_every=1)
-pytestmark = pytest.mark.slow
+CONFIG = replace(TINY, steps=24, checkpoint_every=1, evaluate_every=7, log_every=1)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each start imports torch: 5 s on a free core
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_weights_of_a_run_neve
 ) -> None:
     out = tmp_path / "run"
     rng = np.random.default_rng(0)
-    for _ in range(4):  # the first start finds no last.pt: --resume begins afresh
+    for _ in range(3):  # the first start finds no last.pt: --resume begins afresh
         before = last_step(out)
         with start(data, out) as run:
             wait_until(lambda before=before: last_step(out) >= before + 4, run)  # type: ignore[misc]
@@ -146,12 +148,13 @@ def test_an_unreadable_picture_stops_the_run_and_is_named_or_is_skipped_and_coun
     ],
 )
 def test_data_that_cannot_be_learnt_from_is_refused_before_the_first_step(
-    tmp_path: Path, split: str, changes: dict[str, object], message: str
+    tmp_path: Path, split: str, changes: dict[str, object], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = write_tiny_data(tmp_path / "data")
     file = data / "annotations" / f"instances_{split}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    done = finished(CONFIG, data, tmp_path / "run")
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+    python, _, package, *arguments = train_command(CONFIG, data, tmp_path / "run")
+    assert (python, package) == (sys.executable, "training")
+    assert main(arguments) == 2
+    assert message in capfd.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

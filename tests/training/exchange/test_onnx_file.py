@@ -14,7 +14,7 @@ from model.folding import fold_norms
 from model.retinanet import HeadLayer, RetinaNetConfig
 from tests.support.networks import TINY, tiny_checkpoint
 from training.checkpoint import Checkpoint, build_detector
-from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export, to_onnx
+from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export
 
 NORMED = replace(TINY, head_norm="batch", head_convs=2)
 
@@ -65,12 +65,17 @@ def test_a_frozen_backbone_folds_to_plain_convolutions_that_answer_as_before() -
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("export") / "a.onnx"
+    export(checkpoint_with_statistics(), file, name="a")
+    return file
+
+
 @pytest.mark.slow
-def test_a_head_with_batch_norms_is_convolutions_and_relus_in_the_file(tmp_path: Path) -> None:
-    checkpoint = checkpoint_with_statistics()
-    export(checkpoint, tmp_path / "a.onnx", name="a")
-    graph = onnx.load(tmp_path / "a.onnx").graph
-    assert b"candidates.py" not in (tmp_path / "a.onnx").read_bytes(), "no source paths"
+def test_a_head_with_batch_norms_is_convolutions_and_relus_in_the_file(file: Path) -> None:
+    graph = onnx.load(file).graph
+    assert b"candidates.py" not in file.read_bytes(), "no source paths"
     consumers = {name: node for node in graph.node for name in node.input}
     heads = [node for node in graph.node if node.op_type == "Conv" and "head" in node.input[1]]
     after = Counter(consumers[node.output[0]].op_type for node in heads if "conv" in node.input[1])
@@ -78,10 +83,8 @@ def test_a_head_with_batch_norms_is_convolutions_and_relus_in_the_file(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_file_that_answers_otherwise_than_torch_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_answers_otherwise_than_torch_is_refused(file: Path) -> None:
     detector = build_detector(checkpoint_with_statistics())
-    file = tmp_path / "a.onnx"
-    file.write_bytes(to_onnx(fold_norms(detector)).SerializeToString())
     inputs = example_inputs(1, 96, 128)
     check_equal(detector, file, "fp32", inputs)
     with torch.no_grad():
