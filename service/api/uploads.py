@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 
-from service.api.encodings import TRANSFER_ENCODINGS, decode_base64
-from service.api.large_json import LargeString, parse_json
-from service.api.multipart import MultipartParser
+from service.api.body.encodings import TRANSFER_ENCODINGS, decode_base64
+from service.api.body.large_json import LargeString, parse_json
+from service.api.body.multipart import MultipartParser
 from service.core.refusals import Refusal
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

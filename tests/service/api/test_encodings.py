@@ -6,7 +6,7 @@ import random
 import pytest
 
 from service.api import encodings
-from service.api.encodings import TRANSFER_ENCODINGS, decode_base64
+from service.api.body.encodings import TRANSFER_ENCODINGS, decode_base64
 
 DATA = random.Random(0).randbytes(10_001)
 TEXT = base64.b64encode(DATA)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from service.api.multipart import Headers, MultipartParser
+from service.api.body.multipart import Headers, MultipartParser
 from service.api.uploads import MalformedRequest, MultipartImages, UnsupportedMediaType
 
 HEAD = b'Content-Disposition: form-data; name="image"; filename="a"'

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from service.api.encodings import PIECE_BYTES, pieces
+from service.api.body.encodings import PIECE_BYTES, pieces
 
 LARGE_STRING_BYTES = 4096
 MAX_SMALL_BYTES = 64 * 1024

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from service.api.encodings import PIECE_BYTES
-from service.api.large_json import LargeString, parse_json
+from service.api.body.encodings import PIECE_BYTES
+from service.api.body.large_json import LargeString, parse_json
 from service.api.uploads import JsonImage, MalformedRequest
 from tests.support.serving import FakeDetector, serving, wait_until
 
