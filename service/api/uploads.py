@@ -147,7 +147,7 @@ class MultipartImages:
         if not self._parser.ended:
             raise MalformedRequest("the multipart body ends before its last boundary")
         if not self._images:
-            raise MalformedRequest("the form has no file field")
+            raise MalformedRequest(f"the form has no file field, such as {FIELD!r}")
         return [self._decode(image, encoding) for image, encoding in zip(self._images, self._encodings, strict=True)]
 
     def _begin_part(self, headers: Mapping[bytes, bytes]) -> None:

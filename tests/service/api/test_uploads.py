@@ -138,7 +138,7 @@ def test_a_multipart_body_is_the_same_however_it_is_cut() -> None:
 def test_a_form_without_a_part_is_told_which_field_it_lacks() -> None:
     form = MultipartImages(b"b", max_images=1, max_image_bytes=100)
     form.feed(b"--b--\r\n")
-    with pytest.raises(MalformedRequest, match="the form has no file field 'image'"):
+    with pytest.raises(MalformedRequest, match="the form has no file field, such as 'image'"):
         form.finish()
 
 
