@@ -150,12 +150,7 @@ def build_service(
     """Make the parts of the service and start none. What is not given is made as the settings say."""
     metrics = Metrics()
     decode_threads = settings.decode_threads or available_cores()
-    decoders = decoders or Decoders(
-        decode_threads,
-        max_pixels=settings.max_image_pixels,
-        on_kill=lambda reason: metrics.decoder_kills.labels(reason).inc(),
-    )
-    metrics.decoder_processes.set_function(lambda: decoders.num_processes)
+    decoders = decoders or Decoders(decode_threads, metrics.decoders, max_pixels=settings.max_image_pixels)
     default_opener = functools.partial(
         Detector,
         device=settings.device,

@@ -82,6 +82,16 @@ class HttpMetrics:
             self.duration.labels(method, route).observe(seconds)
 
 
+class DecoderMetrics:
+    """Of the child processes that decode and draw."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.processes = Gauge("decoder_processes", "Decoders alive.", namespace=NAMESPACE, registry=registry)
+        self.kills = Counter(
+            "decoder_kills_total", "Killed, or found dead.", ["reason"], namespace=NAMESPACE, registry=registry
+        )
+
+
 class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -107,9 +117,8 @@ class Metrics:
         self.images = counter("images_total", "Images answered with detections.")
         self.detections = counter("detections_total", "Detections in answers.")
         self.image_pixels = histogram("image_pixels", "Pixels of each image answered.", buckets=PIXELS)
-        self.detections_per_image = histogram(
-            "detections_per_image", "Detections of each image answered.", buckets=DETECTIONS
-        )
+        per_image = "Detections of each image answered."
+        self.detections_per_image = histogram("detections_per_image", per_image, buckets=DETECTIONS)
 
         self.queue_depth = gauge("queue_depth", "Places taken: images admitted and not yet through the device.")
         self.queue_capacity = gauge("queue_capacity", "Places there are: images beyond are refused with 429.")
@@ -128,9 +137,7 @@ class Metrics:
         self.model_reloads = counter("model_reloads_total", "Reloads of the model.", ["outcome"])
         self.device_errors = counter("device_errors_total", "Runs that failed.", ["kind"])
 
-        self.decoder_processes = gauge("decoder_processes", "Child processes that decode and draw.")
-        self.decoder_kills = counter("decoder_kills_total", "Decoders killed, or found dead.", ["reason"])
-
+        self.decoders = DecoderMetrics(registry)
         self.http = HttpMetrics(registry)
         self._make_series()
 
@@ -140,7 +147,7 @@ class Metrics:
             (self.requests, get_args(Outcome)),
             (self.model_reloads, RELOAD_OUTCOMES),
             (self.device_errors, DEVICE_ERROR_KINDS),
-            (self.decoder_kills, KILL_REASONS),
+            (self.decoders.kills, KILL_REASONS),
         ):
             for value in values:
                 metric.labels(value)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Literal
 
@@ -26,6 +26,7 @@ from model.types import CanvasImage, Detections
 from service.core.decoder_process import Answer, Drawing, Request, receive_into, receive_json, send
 from service.core.job import DeadlineExceeded, Job
 from service.drawing import PictureFormat
+from service.metrics import DecoderMetrics
 
 POLL_SECONDS = 0.05
 """How soon a child is killed that nobody waits for."""
@@ -44,24 +45,21 @@ class Decoders:
     def __init__(
         self,
         count: int,
+        metrics: DecoderMetrics,
         *,
         max_pixels: int = MAX_PIXELS,
         memory_bytes: int = MEMORY_BYTES,
-        on_kill: Callable[[KillReason], None] = lambda reason: None,
     ) -> None:
-        """`memory_bytes`: what one decode may take. `on_kill` is called on the thread that asked."""
+        """`memory_bytes`: what one decode may take."""
         self._count = count
+        self._metrics = metrics
         self._max_pixels = max_pixels
         self._memory_bytes = memory_bytes
-        self._on_kill = on_kill
         self._idle: SimpleQueue[_Child] = SimpleQueue()
         self._alive: set[_Child] = set()
         self._lock = threading.Lock()  # guards the set, and whether there shall be children
         self._closed = False
-
-    @property
-    def num_processes(self) -> int:
-        return len(self._alive)
+        metrics.processes.set_function(lambda: len(self._alive))
 
     def start(self) -> None:
         """Start the children; until each is ready, who asks it waits."""
@@ -121,7 +119,7 @@ class Decoders:
 
     def _replace(self, child: "_Child", reason: KillReason) -> None:
         child.kill()
-        self._on_kill(reason)
+        self._metrics.kills.labels(reason).inc()
         with self._lock:
             self._alive.discard(child)
         self._add()

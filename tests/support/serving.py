@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 from PIL import Image
+from prometheus_client import CollectorRegistry
 
 from model.detector import Detector
 from model.metadata import AnchorConfig, Label, ModelMetadata, ResizePolicy
@@ -33,6 +34,7 @@ from service.api.schemas import Problem
 from service.api.service import Service
 from service.config import Settings
 from service.core.decoders import Decoders
+from service.metrics import DecoderMetrics
 from tests.support.tiny_model import write_tiny_model
 
 PNG = {"Content-Type": "image/png"}
@@ -141,7 +143,7 @@ class Serving:
 @functools.cache
 def decoders() -> Decoders:
     """Those of all services in this process: to start some takes half a second."""
-    shared = Decoders(2)
+    shared = Decoders(2, DecoderMetrics(CollectorRegistry()))
     shared.start()
     atexit.register(shared.close)
     return shared

@@ -11,20 +11,30 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
 
 from model.image import InvalidImage, TooManyPixels, decode_image, to_canvas
 from model.types import CanvasImage, Detections
-from service.core.decoders import Decoders, KillReason
+from service.core.decoders import Decoders
 from service.core.job import DeadlineExceeded, Job, Options, Stopwatch
 from service.core.store import LoadedModel
 from service.drawing import draw, encode_picture
+from service.metrics import DecoderMetrics
 from tests.support.serving import SMALL, FakeDetector, picture, wait_until
 
 NO_CANDIDATES = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
-class Kills(list[KillReason]):
-    pass
+class Kills(DecoderMetrics):
+    def __init__(self) -> None:
+        super().__init__(CollectorRegistry())
+
+    def __eq__(self, reasons: object) -> bool:
+        """Those that have been counted, as a list."""
+        samples = [sample for metric in self.kills.collect() for sample in metric.samples]
+        return reasons == [sample.labels["reason"] for sample in samples for _ in range(int(sample.value))]
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -40,11 +50,11 @@ def others() -> set[psutil.Process]:
 
 @pytest.fixture
 def decoders(kills: Kills, others: set[psutil.Process]) -> Iterator[Decoders]:
-    made = Decoders(1, on_kill=kills.append)
+    made = Decoders(1, kills)
     made.start()
     yield made
     made.close()
-    assert made.num_processes == 0
+    assert set(psutil.Process().children()) <= others
 
 
 def job_of(data: bytes, *, seconds: float = 60) -> Job:
@@ -121,7 +131,7 @@ def test_a_decode_that_nobody_waits_for_ends(decoders: Decoders, kills: Kills) -
 
 
 def test_a_picture_that_takes_too_much_memory_is_refused(kills: Kills) -> None:
-    small = Decoders(1, memory_bytes=100 * 2**20, on_kill=kills.append)
+    small = Decoders(1, kills, memory_bytes=100 * 2**20)
     small.start()
     try:
         with pytest.raises(InvalidImage, match="memory"):
@@ -152,7 +162,9 @@ def test_a_size_that_the_file_does_not_claim_is_refused(decoders: Decoders) -> N
 PARENT = """
 import sys, time
 from service.core.decoders import Decoders
-decoders = Decoders(2)
+from prometheus_client import CollectorRegistry
+from service.metrics import DecoderMetrics
+decoders = Decoders(2, DecoderMetrics(CollectorRegistry()))
 decoders.start()
 print("started", flush=True)
 time.sleep(60)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from service.api import encodings
+from service.api.body import encodings
 from service.api.body.encodings import TRANSFER_ENCODINGS, decode_base64
 
 DATA = random.Random(0).randbytes(10_001)
