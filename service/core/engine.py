@@ -38,11 +38,11 @@ class Engine:
         decoders: Decoders,
         metrics: Metrics,
         *,
-        queue_capacity: int = 32,
-        max_batch_delay_seconds: float = 0,
-        runs_at_once: int = 1,
-        decode_threads: int = 1,
-        max_image_pixels: int = 50_000_000,
+        queue_capacity: int,
+        max_batch_delay_seconds: float,
+        runs_at_once: int,
+        decode_threads: int,
+        max_image_pixels: int,
     ) -> None:
         self.line = Line(
             capacity=queue_capacity,
