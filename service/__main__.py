@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def serve(settings: Settings) -> tuple[int, bool]:
-    """Serve until told to stop; the exit code, and whether the device is stuck in an inference."""
+    """Serve until told to stop; the exit code, and whether a thread is stuck in an inference or in opening a model."""
     try:
         listening = listen(settings.host, settings.port)
     except OSError as error:
@@ -113,6 +113,7 @@ class Lifecycle:
         self._service.engine.decoders.close()
         if stuck:
             logger.error("the device is stuck in an inference: leaving it behind")
+        stuck = stuck or self._service.store.is_opening
         if self._failure is not None:
             return failed(self._failure, self._settings), stuck
         logger.info("stopped")

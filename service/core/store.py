@@ -40,6 +40,7 @@ class NotReady(Refusal):
     retry_after_seconds = 2
 
 
+OPENER = "model opener"
 FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
 """Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
 
@@ -133,6 +134,11 @@ class ModelStore:
         )
         return model, opened - started, time.perf_counter() - opened
 
+    @property
+    def is_opening(self) -> bool:
+        """A file is being opened or warmed up, or is stuck in that."""
+        return any(thread.name == OPENER for thread in threading.enumerate())
+
     def reload(self) -> bool:
         """Load again and count it; False: it failed and the old model serves on."""
         try:
@@ -213,7 +219,7 @@ def _in_time(call: Callable[[], Value], seconds: float | None) -> Value:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="model opener", daemon=True).start()
+    threading.Thread(target=run, name=OPENER, daemon=True).start()
     try:
         return outcome.result(seconds)
     except TimeoutError as error:
