@@ -5,6 +5,7 @@ picture's deadline has come, when nobody waits for the picture any more, or when
 never outlives its answer. What comes out of a child is checked before it is used.
 """
 
+import logging
 import os
 import select
 import socket
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Literal
 
 import numpy as np
@@ -28,13 +30,16 @@ from service.core.job import DeadlineExceeded, Job
 from service.drawing import PictureFormat
 from service.metrics import DecoderMetrics
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.05
 """How soon a child is killed that nobody waits for."""
 MEMORY_BYTES = 1200 * 2**20
 """Of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
 MAX_DRAWING_BYTES = 512 * 2**20
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc: what is larger goes back to the system when it is freed. A large picture's blocks would stay in the heap."""
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""A large picture's blocks go back to the system when they are freed, where glibc would keep them in the heap; and no
+child starts a thread for each core."""
 KillReason = Literal["deadline", "cancelled", "died"]
 ANSWER = TypeAdapter(Answer)
 
@@ -102,7 +107,7 @@ class Decoders:
         return bytes(payload)
 
     def _ask(self, job: Job, request: Request) -> tuple[Answer, bytearray]:
-        child = self._idle.get()
+        child = self._idle_child()
         outcome = child.ask(request, job)
         if isinstance(outcome, str):
             self._replace(child, outcome)
@@ -122,7 +127,17 @@ class Decoders:
         self._metrics.kills.labels(reason).inc()
         with self._lock:
             self._alive.discard(child)
-        self._add()
+        try:
+            self._add()
+        except OSError as error:  # no process or memory to be had now; who finds no child tries again
+            logger.error("no decoder could be started in the place of one that was stopped (%s): %s", reason, error)
+
+    def _idle_child(self) -> "_Child":
+        with suppress(Empty):
+            return self._idle.get_nowait()
+        if len(self._alive) < self._count:
+            self._add()
+        return self._idle.get()
 
     def _add(self) -> None:
         with self._lock:
@@ -139,10 +154,13 @@ class _Child:
         self._connection, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "service.core.decoder_process", str(theirs.fileno()), str(memory_bytes)]
-            # In a session of its own: a terminal's signals are for the service.
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], start_new_session=True, env=os.environ | GIVE_BACK
-            )
+            try:  # in a session of its own: a terminal's signals are for the service
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], start_new_session=True, env=os.environ | ENVIRONMENT
+                )
+            except OSError:
+                self._connection.close()
+                raise
 
     def ask(self, request: Request, job: Job) -> tuple[Answer, bytearray] | KillReason:
         """Its answer, or why it must be killed."""

@@ -152,6 +152,19 @@ def test_a_child_that_dies_is_replaced_and_its_picture_refused(
     assert canvas(decoders, job_of(picture())).original_size == (64, 80)
 
 
+def test_where_no_process_could_be_started_the_next_picture_tries_again(
+    kills: Kills, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Decoders(1, kills)
+    with monkeypatch.context() as patched, pytest.raises(BlockingIOError):
+        patched.setattr(subprocess, "Popen", lambda *_, **__: (_ for _ in ()).throw(BlockingIOError("no process")))
+        canvas(made, job_of(picture()))
+    try:
+        assert canvas(made, job_of(picture())).original_size == (64, 80)
+    finally:
+        made.close()
+
+
 def test_a_size_that_the_file_does_not_claim_is_refused(decoders: Decoders) -> None:
     """Memory was planned by the claim."""
     lying = bytearray(picture(80, 64, kind="GIF"))
