@@ -17,10 +17,11 @@ BAND_PIXELS = 1 << 20
 def rgb_of(image: Image.Image) -> Pixels:
     """The pixels, writable. Band by band: converted as a whole, a large picture would be in memory three times."""
     image.load()
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+    width, height = image.im.size  # of what is stored: a TIFF's own size is the upright one's
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
         pixels[top : top + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
     return pixels
 
