@@ -7,7 +7,7 @@ from multiprocessing.pool import Pool
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def exporters() -> Iterator[Pool]:
     """Each imports torch once. What nobody waits for any more is ended with them."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -43,15 +43,26 @@ class Case:
     """torchvision's own answers to PICTURES."""
 
 
+@dataclass(frozen=True)
+class Exports:
+    """What the other processes are making."""
+
+    cases: dict[str, "AsyncResult[Case]"]
+    half: "AsyncResult[Path]"
+
+
 @pytest.fixture(scope="module")
-def cases(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "AsyncResult[Case]"]:
+def exports(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     folder = tmp_path_factory.mktemp("parity")
-    return {arch: exporters.apply_async(imported_and_exported, (arch, folder / arch)) for arch in ARCHITECTURES}
+    return Exports(
+        {arch: exporters.apply_async(imported_and_exported, (arch, folder / arch)) for arch in ARCHITECTURES},
+        exporters.apply_async(halved, (folder / "half.onnx",)),
+    )
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, cases: dict[str, "AsyncResult[Case]"]) -> Iterator[Case]:
-    case = cases[request.param].get()
+def case(request: pytest.FixtureRequest, exports: Exports) -> Iterator[Case]:
+    case = exports.cases[request.param].get()
     yield case
     shutil.rmtree(case.file.parent)  # 300 MB
 
@@ -103,10 +114,14 @@ def posted(url: str, picture: Pixels) -> Detections:
     )
 
 
-def test_half_precision_finds_what_the_checkpoint_finds(tmp_path: Path) -> None:
+def halved(file: Path) -> Path:
+    export(tiny_checkpoint(), file, name="tiny", precision="fp16")
+    return file
+
+
+def test_half_precision_finds_what_the_checkpoint_finds(exports: Exports) -> None:
     checkpoint = tiny_checkpoint()
-    export(checkpoint, tmp_path / "half.onnx", name="tiny", precision="fp16")
-    half = Detector(tmp_path / "half.onnx", device="cpu")
+    half = Detector(exports.half.get(), device="cpu")
     assert half.metadata.precision == "fp16"
     single = Predictor(torch_run(build_detector(checkpoint)), checkpoint.labels, checkpoint.config.resize)
     pictures = [draw(128, 192, seed) for seed in range(12)]
