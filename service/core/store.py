@@ -81,7 +81,8 @@ class ModelStore:
         self._poll_seconds = poll_seconds
         self._max_batch_size = max_batch_size
         self._first_retry_seconds = first_retry_seconds
-        self._wake = threading.Event()
+        self.wake = threading.Event()
+        """Set it to have the file looked at now."""
         self._reload_asked = False
         self._closing = False
         self._last_failure = ""
@@ -105,12 +106,12 @@ class ModelStore:
 
     def close(self) -> None:
         self._closing = True
-        self._wake.set()
+        self.wake.set()
 
     def ask_reload(self) -> None:
         """Reload soon, changed or not. Safe in a signal handler."""
         self._reload_asked = True
-        self._wake.set()
+        self.wake.set()
 
     def load(self) -> None:
         """Replace the model. Raises what is FORESEEN, and leaves it as it was."""
@@ -186,8 +187,8 @@ class ModelStore:
             return
         on_loaded()
         while True:
-            self._wake.wait(wanted.seconds_to_wait(self._poll_seconds, time.monotonic()))
-            self._wake.clear()
+            self.wake.wait(wanted.seconds_to_wait(self._poll_seconds, time.monotonic()))
+            self.wake.clear()
             if self._closing:
                 return
             stamp = self._stamp()

@@ -129,6 +129,8 @@ class Serving:
     detector: FakeDetector | Detector
     client: httpx.Client
     """Knows the URL; one for all threads (making one takes 0.1 s)."""
+    models: list[FakeDetector | Detector]
+    """The last is opened by the next reload."""
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value; fails where there is no such series."""
@@ -154,7 +156,8 @@ def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[S
     """uvicorn on a free port of this process, around a detector of yours."""
     given = {"model": Path("fake.onnx"), "model_poll_seconds": 0, "runs_at_once": 1, "decode_threads": 2} | settings
     settings_ = Settings(**given)  # type: ignore[arg-type]
-    service = build_service(settings_, lambda path: detector, decoders())  # type: ignore[arg-type, return-value]
+    models = [detector]
+    service = build_service(settings_, lambda path: models[-1], decoders())  # type: ignore[arg-type, return-value]
     service.store.load()
     service.engine.start()
     config = uvicorn_config(service)
@@ -166,7 +169,7 @@ def serving(detector: FakeDetector | Detector, **settings: object) -> Iterator[S
     try:
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None), verify=False) as client:
-            yield Serving(url, service, detector, client)
+            yield Serving(url, service, detector, client, models)
     finally:
         if isinstance(detector, FakeDetector):
             detector.gate.set()

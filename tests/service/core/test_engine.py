@@ -329,7 +329,7 @@ def test_a_swap_keeps_requests_in_flight_on_the_model_they_began_with() -> None:
         server.wait_until(lambda: server.metric("retinaserve_requests_running") == 1)
         queued = in_background(2, lambda: detect(server))
         server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 3)
-        server.service.store._open_detector = lambda path: new  # type: ignore[assignment, return-value]
+        server.models.append(new)
         assert server.service.store.reload()
         [newer] = in_background(1, lambda: detect(server))
         server.wait_until(lambda: server.service.engine.line.snapshot().ready == 3)

@@ -248,8 +248,8 @@ def test_a_file_that_still_grows_is_left_alone(path: Path) -> None:
 
 
 def wait_until_polled(store: ModelStore) -> None:
-    store._wake.set()
-    wait_until(lambda: not store._wake.is_set())
+    store.wake.set()
+    wait_until(lambda: not store.wake.is_set())
 
 
 def test_asked_to_reload_it_does_so_even_if_nothing_changed(path: Path) -> None:
