@@ -31,6 +31,10 @@ from service.drawing import PictureFormat, draw, encode_picture
 
 LENGTH = struct.Struct("<I")
 MAX_TEXT = 1000
+MAX_REQUEST_BYTES = 2**32 - 1
+"""The parent is trusted: what can be announced."""
+MAX_ANSWER_BYTES = 64 * 1024
+"""A decoder is not."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def main(descriptor: int, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=descriptor) as connection:
-        while (header := receive_json(connection)) is not None:
+        while (header := receive_json(connection, MAX_REQUEST_BYTES)) is not None:
             request = _request(header)
             data = bytearray(request.size)
             receive_into(connection, memoryview(data))
@@ -133,12 +137,15 @@ def send(connection: socket.socket, header: "Request | Answer", payload: "bytes 
     connection.sendall(payload)
 
 
-def receive_json(connection: socket.socket) -> dict[str, Any] | None:
-    """None: the other end has closed."""
-    length = bytearray(LENGTH.size)
-    if not receive_into(connection, memoryview(length)):
+def receive_json(connection: socket.socket, max_bytes: int) -> dict[str, Any] | None:
+    """None: the other end has closed. ValueError: what it announces is longer, or no JSON."""
+    head = bytearray(LENGTH.size)
+    if not receive_into(connection, memoryview(head)):
         return None
-    text = bytearray(LENGTH.unpack(length)[0])
+    [length] = LENGTH.unpack(head)
+    if length > max_bytes:
+        raise ValueError(f"{length} bytes of JSON; at most {max_bytes} are taken")
+    text = bytearray(length)
     receive_into(connection, memoryview(text))
     values: dict[str, Any] = json.loads(text)
     return values

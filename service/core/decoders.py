@@ -25,7 +25,7 @@ from model.formats.size import claimed_pixels
 from model.image import MAX_PIXELS, InvalidImage, TooManyPixels, canvas_size
 from model.metadata import ResizePolicy
 from model.types import CanvasImage, Detections
-from service.core.decoder_process import Answer, Drawing, Request, receive_into, receive_json, send
+from service.core.decoder_process import MAX_ANSWER_BYTES, Answer, Drawing, Request, receive_into, receive_json, send
 from service.core.job import DeadlineExceeded, Job
 from service.drawing import PictureFormat
 from service.metrics import DecoderMetrics
@@ -169,8 +169,10 @@ class _Child:
             send(self._connection, request, job.data)
             if (reason := self._wait(job)) is not None:
                 return reason
-            answer = ANSWER.validate_python(receive_json(self._connection))
-            payload = bytearray(min(answer.size, MAX_DRAWING_BYTES))
+            answer = ANSWER.validate_python(receive_json(self._connection, MAX_ANSWER_BYTES))
+            if answer.size > MAX_DRAWING_BYTES:
+                return "died"
+            payload = bytearray(answer.size)
             return (answer, payload) if receive_into(self._connection, memoryview(payload)) else "died"
         except TimeoutError:
             return "deadline"

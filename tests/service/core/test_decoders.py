@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from model.image import InvalidImage, TooManyPixels, decode_image, to_canvas
 from model.types import CanvasImage, Detections
+from service.core.decoder_process import MAX_ANSWER_BYTES, receive_json
 from service.core.decoders import Decoders
 from service.core.job import DeadlineExceeded, Job, Options, Stopwatch
 from service.core.store import LoadedModel
@@ -165,6 +167,17 @@ def test_where_no_process_could_be_started_the_next_picture_tries_again(
         made.close()
 
 
+def test_a_decoder_cannot_announce_more_than_an_answer_has() -> None:
+    """What it sends is not to be trusted, and room for what it announces would be taken here."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall((2**32 - 1).to_bytes(4, "little"))
+        with pytest.raises(ValueError, match="at most 65536 are taken"):
+            receive_json(ours, MAX_ANSWER_BYTES)
+        theirs.sendall((2).to_bytes(4, "little") + b"{}")
+        assert receive_json(ours, MAX_ANSWER_BYTES) == {}
+
+
 def test_a_size_that_the_file_does_not_claim_is_refused(decoders: Decoders) -> None:
     """Memory was planned by the claim."""
     lying = bytearray(picture(80, 64, kind="GIF"))
@@ -174,6 +187,7 @@ def test_a_size_that_the_file_does_not_claim_is_refused(decoders: Decoders) -> N
 
 PARENT = """
 import sys, time
+from service.core.decoder_process import MAX_ANSWER_BYTES, receive_json
 from service.core.decoders import Decoders
 from prometheus_client import CollectorRegistry
 from service.metrics import DecoderMetrics
