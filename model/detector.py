@@ -75,6 +75,8 @@ class Detector:
     """`auto` found a GPU build of ONNX Runtime but could not use CUDA, and the CPU computes."""
     lanes: int
     """Batches that may be on the device at once."""
+    batch_size: int
+    """Images of a batch from which on more bring the device nothing."""
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class Detector:
             runs_at_once=runs_at_once,
         )
         self.provider, self.lanes = self._runtime.provider, self._runtime.lanes
+        self.batch_size = self._runtime.batch_size
 
     def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
         """Take a lane for `count` canvases of this (height, width), if one is free now. See Runtime.free_lane."""

@@ -30,6 +30,7 @@ class CpuRuntime:
     """See `model.runtime.session.Runtime`."""
 
     provider = CPU
+    batch_size = 1
 
     def __init__(self, wide: Session, resize: ResizePolicy, *, narrow: Session | None = None, lanes: int = 1) -> None:
         """`lanes` runs share `narrow`; without it, runs take turns on `wide`."""

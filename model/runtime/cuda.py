@@ -30,6 +30,7 @@ class CudaRuntime:
     """See `model.runtime.session.Runtime`."""
 
     provider = CUDA
+    batch_size = 8
 
     def __init__(
         self,

@@ -47,6 +47,8 @@ class Runtime(Protocol):
     """ONNX Runtime's name of what computes."""
     lanes: int
     """Batches that may be on the device at once."""
+    batch_size: int
+    """Images of a batch from which on more bring the device nothing, as far as is known."""
 
     def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
         """Take a lane for `count` canvases of this (height, width), at once: nothing is opened or waited for.

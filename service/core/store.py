@@ -21,15 +21,11 @@ from typing import TypeVar
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
-from model.runtime.session import CPU
 from service.core.refusals import Refusal
 from service.core.wanted import FIRST_RETRY_SECONDS, Stamp, Wanted
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-CUDA_BATCH_SIZE = 8
-"""On a CPU a batch gains nothing: the default there is 1."""
 
 Value = TypeVar("Value")
 
@@ -123,8 +119,7 @@ class ModelStore:
         started = time.perf_counter()
         detector = self._open_detector(self._path)
         opened = time.perf_counter()
-        on_cpu = detector.provider == CPU
-        max_batch_size = self._max_batch_size or (1 if on_cpu else CUDA_BATCH_SIZE)
+        max_batch_size = self._max_batch_size or detector.batch_size
         detector.warm_up(max_batch_size)
         labels = detector.metadata.labels
         model = LoadedModel(

@@ -70,6 +70,7 @@ class FakeDetector:
     sha256: str = "0" * 64
     lanes: int = 1
     """Of them shared ones under concurrent load, as on a CPU, where there are several."""
+    batch_size: int = 1
     shared: list[bool] = field(default_factory=list)
     """Of each run, whether its lane was a shared one."""
 

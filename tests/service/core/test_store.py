@@ -39,6 +39,15 @@ def make_store(path: Path, opener: Callable[[Path], FakeDetector], **options: ob
     return ModelStore(path, opener, metrics, **options), metrics  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("set_to", "of_device", "largest"), [(None, 1, 1), (None, 8, 8), (4, 8, 4), (4, 1, 4)])
+def test_a_batch_is_as_large_as_set_or_as_the_device_gains_from(
+    path: Path, set_to: int | None, of_device: int, largest: int
+) -> None:
+    store, _ = make_store(path, lambda _: FakeDetector(batch_size=of_device), max_batch_size=set_to)
+    store.load()
+    assert store.serving().max_batch_size == largest
+
+
 def reloads(metrics: Metrics) -> tuple[float | None, float | None]:
     name = "retinaserve_model_reloads_total"
     values = [metrics.registry.get_sample_value(name, {"outcome": outcome}) for outcome in ("success", "failure")]
