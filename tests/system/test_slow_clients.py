@@ -1,6 +1,5 @@
 """Hundreds of slow and rude clients at once: good requests are all served meanwhile, and all is freed after."""
 
-import contextlib
 import socket
 import struct
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.load import PNG, Footprint, Scrape, ask, blocks, connected, constantly, request_head
+from tests.support.load import PNG, Footprint, Scrape, ask, blocks, connected, constantly, request_head, said
 from tests.support.serving import ServerProcess, server_process, wait_until
 
 pytestmark = pytest.mark.slow
@@ -36,15 +35,6 @@ def half_close(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_WR)
     said(connection)
     connection.close()
-
-
-def said(connection: socket.socket) -> bytes:
-    """All that came until the server closed."""
-    parts = []
-    with contextlib.suppress(ConnectionError):
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts)
 
 
 def opened(url: str, count: int, first_bytes: bytes = b"") -> list[socket.socket]:

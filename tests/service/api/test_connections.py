@@ -17,6 +17,7 @@ from PIL import Image
 
 from service.api import connections
 from service.api.connections import MAX_HEADER_BYTES, MAX_HEADER_FIELDS, MAX_URL_BYTES, BoundedProtocol
+from tests.support.load import said
 from tests.support.serving import FakeDetector, Serving, picture, server_process, serving, wait_until
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -37,15 +38,6 @@ def connected(url: str) -> socket.socket:
     connection = socket.create_connection((parts.host, parts.port or 80))
     connection.settimeout(30)
     return connection
-
-
-def said(connection: socket.socket) -> bytes:
-    """All that comes until the server closes."""
-    parts = []
-    with contextlib.suppress(ConnectionError):
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts)
 
 
 def ask(server: Serving, request: bytes) -> bytes:

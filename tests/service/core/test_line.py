@@ -273,9 +273,10 @@ def test_a_drawing_that_is_due_leaves_at_once_and_one_being_made_with_its_worker
     scene.admit("ab", draws=True)
     run = scene.work("run a", scene.did(scene.work("decode a")))
     decode = scene.work("decode b")
-    drawing = scene.work("wait", scene.did(run)) and scene.work("run b", scene.did(decode))
+    scene.work("wait", scene.did(run))
+    second_run = scene.work("run b", scene.did(decode))
     making = scene.work("finish a")
-    scene.book(scene.did(drawing))
+    scene.book(scene.did(second_run))
     scene.line.leave(scene["b"])
     assert scene.places == 1
     scene.line.leave(scene["a"])
@@ -355,7 +356,8 @@ def test_when_the_device_is_lost_everyone_that_waits_leaves_and_nobody_is_run_ag
     scene.admit("e")
     failing = scene.work("run ab", scene.did(run))
     scene.admit("f")
-    decoding = scene.work("finish z") and scene.work("decode e")
+    scene.work("finish z")
+    decoding = scene.work("decode e")
     scene.line.evict(NotReady("the device has failed"))
     assert [type(scene.error(name)) for name in "cdf"] == [NotReady] * 3
     scene.work("wait", scene.failed(failing, InferenceFailed("lost"), device_lost=True))
