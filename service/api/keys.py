@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.files import stamp_of
+
 logger = logging.getLogger(__name__)
 
 MIN_KEY_CHARACTERS = 16
@@ -50,7 +52,7 @@ class ApiKeys:
         self._fixed = [(f"key-{number}", key.encode()) for number, key in enumerate(keys, 1)]
         self._path = path
         self._look_seconds = look_seconds
-        self._stamp = self._look()
+        self._stamp = stamp_of(path) if path else None
         self._from_file = read_keys(path) if path else []
         self._looked = time.monotonic()
 
@@ -68,7 +70,7 @@ class ApiKeys:
     def _read_again(self, path: Path) -> None:
         """Take the file's keys if it has changed. While it is not good (half written, gone) the old ones hold."""
         self._looked = time.monotonic()
-        stamp = self._look()
+        stamp = stamp_of(path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -79,10 +81,3 @@ class ApiKeys:
         else:
             names = sorted({name for name, _ in self._from_file})
             logger.info("read %d API keys again, of %s", len(self._from_file), ", ".join(names))
-
-    def _look(self) -> tuple[int, int, int] | None:
-        try:
-            status = self._path.stat() if self._path else None
-        except OSError:
-            return None
-        return status and (status.st_mtime_ns, status.st_size, status.st_ino)

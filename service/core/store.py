@@ -9,7 +9,6 @@ alone), tries one that failed again (`wanted`), and reloads on request.
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
+from model.files import stamp_of
 from model.metadata import InvalidModel
 from service.core.refusals import Refusal
-from service.core.wanted import FIRST_RETRY_SECONDS, Stamp, Wanted
+from service.core.wanted import FIRST_RETRY_SECONDS, Wanted
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class ModelStore:
             logger.warning("CUDA was wanted and cannot be used: the model runs on the CPU")
 
     def _live(self, on_failure: Callable[[str], None], on_loaded: Callable[[], None]) -> None:
-        wanted = Wanted(self._stamp(), self._first_retry_seconds)
+        wanted = Wanted(stamp_of(self._path), self._first_retry_seconds)
         try:
             self.load()
         except Exception as error:  # a boundary: end with the reason, do not sit there unready
@@ -186,7 +186,7 @@ class ModelStore:
             self.wake.clear()
             if self._closing:
                 return
-            stamp = self._stamp()
+            stamp = stamp_of(self._path)
             self._metrics.model_wanted_differs.set(stamp != wanted.served)
             if wanted.is_due(stamp, time.monotonic()) or self._reload_asked:
                 self._reload_asked = False
@@ -195,14 +195,6 @@ class ModelStore:
                     self._metrics.model_wanted_differs.set(0)
                 else:
                     wanted.failed(stamp, time.monotonic())
-
-    def _stamp(self) -> Stamp:
-        """What tells one version of the file from the next, its rights too; None while there is none to be seen."""
-        try:
-            status = os.stat(self._path)  # noqa: PTH116
-        except OSError:
-            return None
-        return status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode, status.st_uid, status.st_gid
 
 
 def _in_time(call: Callable[[], Value], seconds: float | None) -> Value:

@@ -6,10 +6,10 @@ at, and is as much a wanted state as any other. One thread, the loader's; knows 
 
 from dataclasses import dataclass
 
+from model.files import Stamp
+
 FIRST_RETRY_SECONDS = 5.0
 LONGEST_RETRY_SECONDS = 300.0
-
-Stamp = tuple[int, ...] | None
 
 
 @dataclass
