@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: serve install check lint fast-test test test-foreign coverage format demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see BENCHMARKS.md
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see docs/benchmarks.md
 
 install: $(VENV)/.everything-$(RUNTIME) ## all that a contributor needs
 
@@ -56,8 +56,8 @@ data/shapes: | install
 	$(BIN)/python -m training demo --out $@.unfinished --images 8000 --validation-images 500 --seed 0
 	mv $@.unfinished $@
 
-ablations: install data/article ## checks the claims of "The intuition behind RetinaNet": 50 minutes on two cores, training/ARTICLE.md at the end; stop and start it as you like
-	$(BIN)/python -m training ablations --data data/article --out runs/article --page training
+ablations: install data/article ## checks the claims of "The intuition behind RetinaNet": 50 minutes on two cores, docs/ablations.md at the end; stop and start it as you like
+	$(BIN)/python -m training ablations --data data/article --out runs/article --page docs
 
 article: ablations ## the name that it had
 
@@ -66,7 +66,7 @@ data/article: | install
 	$(BIN)/python -m training demo --out $@.unfinished --images 3000 --validation-images 150 --seed 0
 	mv $@.unfinished $@
 
-bench: install ## the benchmarks that BENCHMARKS.md holds; nothing else should run on the machine
+bench: install ## the benchmarks that docs/benchmarks.md holds; nothing else should run on the machine
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.service
 	$(BIN)/python -m tests.benchmarks.cpu

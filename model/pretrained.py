@@ -1,7 +1,7 @@
 """The demo model that ships, and which of its files suits this machine.
 
 `shapes.onnx` is fp32 and runs everywhere. `shapes-int8.onnx`, where it ships, is the same network for CPUs that sum
-products of 8 bits in 32 (VNNI, AMX): there it is 1.6 times as fast, without 1.1 times (BENCHMARKS.md).
+products of 8 bits in 32 (VNNI, AMX): there it is 1.6 times as fast, without 1.1 times (docs/benchmarks.md).
 """
 
 from pathlib import Path

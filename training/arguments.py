@@ -147,7 +147,7 @@ def _add_ablations(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the runs; repeated, the command goes on in it"
     )
-    parser.add_argument("--page", type=Path, metavar="DIR", help="folder of ARTICLE.md and its plots; default: OUT")
+    parser.add_argument("--page", type=Path, metavar="DIR", help="folder of ablations.md and its plots; default: OUT")
     parser.add_argument("--only", "--rows", nargs="+", default=(), metavar="NAME", help="only these; default: all")
     parser.add_argument("--steps", type=int, metavar="N", help="at most so many for each, to try the command")
     parser.add_argument("--workers", type=int, default=0, help="processes that load samples; 0: none")

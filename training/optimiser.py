@@ -15,7 +15,7 @@ from training.exchange.finetune import freeze_stages
 def memory_format(channels_last: bool | None, device: torch.device) -> torch.memory_format:
     """Choose how weights and images lie in memory; None: as is best on the device.
 
-    As measured in BENCHMARKS.md: with AVX-512 a step is 1.1 times as fast channels last, with AVX2 0.85 times.
+    As measured in docs/benchmarks.md: with AVX-512 a step is 1.1 times as fast channels last, with AVX2 0.85 times.
     """
     if channels_last is None:
         channels_last = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"

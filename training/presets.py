@@ -81,7 +81,7 @@ RPN = replace(
 """Lin et al. 2017, Feature Pyramid Networks, §5.1: proposals, 16 images a step, 40,000 steps.
 `python -m training train --preset rpn --data COCO --out runs/rpn`, then `python -m training evaluate --class-agnostic`:
 not measured at this size; as an ablation, on small pictures, 1,000 proposals find 0.568 of the objects
-(training/ARTICLE.md).
+(docs/ablations.md).
 """
 
 DEMO = TrainConfig(
@@ -126,7 +126,7 @@ DEMO = TrainConfig(
 )
 """Small enough to be trained from scratch on two cores, on crops at the scale that is served.
 `make demo-model`: one run of it is not measured; the model that ships took four, 12,600 steps, and has AP 0.805
-(training/LOG.md).
+(docs/training-log.md).
 """
 
 ABLATION = replace(
@@ -156,7 +156,7 @@ ABLATION = replace(
     class_agnostic=True,
 )
 """A few minutes on two cores, what the ablations change one value of: to find objects is learned before classes.
-`make ablations`: AP 0.229 on 150 validation pictures (training/ARTICLE.md).
+`make ablations`: AP 0.229 on 150 validation pictures (docs/ablations.md).
 """
 
 PRESETS: Mapping[str, TrainConfig] = {

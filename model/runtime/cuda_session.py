@@ -49,7 +49,7 @@ class InputShape(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """What only a card decides; the defaults by what an H200 did (BENCHMARKS.md, `python -m tests.benchmarks.gpu`)."""
+    """What only a card decides; the defaults by what an H200 did (docs/benchmarks.md)."""
 
     use_tf32: bool = True
     """fp32 convolutions and products by tensor cores, with 10 bits of mantissa."""

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.canvas --data DIR [--model FILE.onnx] [--images N]
 
-Prints a markdown table for BENCHMARKS.md. Deterministic: it measures no times.
+Prints a markdown table for docs/benchmarks.md. Deterministic: it measures no times.
 """
 
 import argparse

@@ -33,7 +33,7 @@ Action = Callable[[], object]
 JPEG = {"Content-Type": "image/jpeg"}
 CACHE = Path(".bench")
 """Ignored by git: models and virtual environments of the benchmarks."""
-PLOTS = Path(__file__).parent / "plots"
+PLOTS = Path(__file__).parents[2] / "docs" / "figures" / "scale"
 SIZES = (
     (640, 480), (480, 640), (500, 375), (1280, 720), (720, 1280), (800, 600), (1024, 768), (612, 612), (1920, 1080),
     (427, 640), (1600, 1200), (333, 500), (960, 720), (640, 427), (1080, 1080), (2048, 1536), (900, 600), (375, 500),

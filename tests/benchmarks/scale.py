@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.scale [--only SECTION ...] [--rounds N]
 
-For each a markdown table and a plot in tests/benchmarks/plots/. The last column is the growth from the row before:
+For each a markdown table and a plot in docs/figures/scale. The last column is the growth from the row before:
 1 is linear, 0 is none, more than 1 is worse than linear. Nothing else should run on the machine. About 6 minutes, and
 once two more for the files of many classes.
 """
@@ -250,7 +250,7 @@ def main() -> None:
     names = [section.__name__ for section in SECTIONS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run [all]")
     parser.add_argument("--rounds", type=int, default=9, help="of each measurement, in turns [9]")
-    parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the plots [tests/benchmarks/plots]")
+    parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the plots [docs/figures/scale]")
     add_cache_flag(parser)
     given = parser.parse_args()
     print(f"{machine()}; {command('tests.benchmarks.scale')}")

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.speed [--model FILE.onnx] [--rounds N]
 
-Prints a markdown table: `make bench` puts it into BENCHMARKS.md. Nothing else should run on the machine.
+Prints a markdown table: `make bench` puts it into docs/benchmarks.md. Nothing else should run on the machine.
 """
 
 import argparse

@@ -6,7 +6,8 @@
 Both sides train the same network (torchvision's v1: frozen batch norm, the last three stages of the backbone, plain
 L1) from the same weights, on the same pictures in the same order, with as many loading processes and threads;
 they take turns. Theirs is torchvision's model with its GeneralizedRCNNTransform inside, and the arithmetic of one step
-of its references/detection/engine.py. Prints a markdown table for BENCHMARKS.md. Nothing else should run meanwhile.
+of its references/detection/engine.py. Prints a markdown table for docs/benchmarks.md. Nothing
+else should run meanwhile.
 """
 
 import argparse

@@ -47,13 +47,14 @@ def test_every_alert_has_a_case_where_it_fires() -> None:
 
 
 def test_every_alert_says_how_urgent_it_is_and_leads_to_its_runbook() -> None:
-    headings = re.findall(r"^## (Retinaserve\w+|Watchdog)$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
+    runbook = (FOLDER.parents[1] / "docs" / "runbook.md").read_text()
+    headings = re.findall(r"^## (Retinaserve\w+|Watchdog)$", runbook, flags=re.MULTILINE)
     alerts = rules("alert")
     assert headings == [alert["alert"] for alert in alerts]
     for alert in alerts:
         severities = {"none"} if alert["alert"] == "Watchdog" else {"page", "ticket"}
         assert alert["labels"]["severity"] in severities  # type: ignore[index]
-        assert alert["annotations"]["runbook"] == f"docker/prometheus/README.md#{str(alert['alert']).lower()}"  # type: ignore[index]
+        assert alert["annotations"]["runbook"] == f"docs/runbook.md#{str(alert['alert']).lower()}"  # type: ignore[index]
 
 
 @needs_promtool

@@ -1,7 +1,8 @@
 """The page of the ablations: what they say about each claim of the article, in its order, with plots.
 
-Writes ARTICLE.md and figures/*.png into a folder, and OUT/log.md, a table for the log of runs. Every figure comes from
-OUT/results.jsonl, the ablations' run folders, or the loss itself; an ablation that was not run is said to be not run.
+Writes ablations.md and figures/*.png into a folder, and OUT/log.md, a table for the log of runs. Every figure comes
+from OUT/results.jsonl, the ablations' run folders, or the loss itself; an ablation that was not run is said to be
+not run.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ SCENARIOS = (("easy, right", 0.9), ("wrong", 0.1), ("very easy, right", 0.99))
 
 
 def write_page(out: Path, page: Path, validation_set: CocoDataSet) -> None:
-    """ARTICLE.md and its plots in the folder `page`, and OUT/log.md."""
+    """ablations.md and its plots in the folder `page`, and OUT/log.md."""
     results = {result.name: result for result in read_results(out)}
     losses = {ablation.name: dict(read_losses(out, ablation.name)) for ablation in ABLATIONS}
     plots = page / "figures"
@@ -36,7 +37,7 @@ def write_page(out: Path, page: Path, validation_set: CocoDataSet) -> None:
         sections.append(_section(number, part, results, losses, plots))
         if part.plot == "shares.png":
             sections += [scenario_table(), shares]
-    (page / "ARTICLE.md").write_text("\n\n".join(section for section in sections if section) + "\n")
+    (page / "ablations.md").write_text("\n\n".join(section for section in sections if section) + "\n")
     (out / "log.md").write_text(log_table(results) + "\n")
 
 

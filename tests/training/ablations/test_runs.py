@@ -94,7 +94,7 @@ def test_ablations_run_once_then_are_skipped_and_the_page_says_what_was_not_run(
         run_ablations(data, tmp_path / "out", names=["baseline"], steps=2, device="cpu", workers=0, commit="abc")
 
     write_page(tmp_path / "out", tmp_path / "page", load_coco(data, "val", class_agnostic=True))
-    page = (tmp_path / "page" / "ARTICLE.md").read_text()
+    page = (tmp_path / "page" / "ablations.md").read_text()
     assert f"2 of {len(ABLATIONS)} ablations were run" in page
     assert "| `rpn` | region proposal network on P2 to P6 | not run |" in page
     plots = {file.name for file in (tmp_path / "page" / "figures").iterdir()}
