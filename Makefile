@@ -4,12 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One ONNX Runtime for every target: the cpu and the gpu wheel overwrite each other.
 RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+COCO := models
+COCO_WEIGHTS := coco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install check lint fast-test test test-foreign coverage format demo-model ablations article bench docker-test docker-requirements clean
+.PHONY: serve install check lint fast-test test test-foreign coverage format docs coco demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see docs/benchmarks.md
+
+coco: $(COCO)/coco.onnx ## downloads torchvision's COCO weights, exports them, serves them on http://127.0.0.1:8000
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service --model $<
+
+$(COCO)/coco.onnx: | install
+	mkdir -p $(COCO)
+	$(BIN)/python -m training import --arch retinanet_resnet50_fpn_v2 --weights $(COCO_WEIGHTS) --out $(COCO)/coco.pt
+	$(BIN)/python -m training export --model $(COCO)/coco.pt --out $@ --name coco
 
 install: $(VENV)/.everything-$(RUNTIME) ## all that a contributor needs
 
@@ -65,6 +75,10 @@ data/article: | install
 	rm -rf $@.unfinished
 	$(BIN)/python -m training demo --out $@.unfinished --images 3000 --validation-images 150 --seed 0
 	mv $@.unfinished $@
+
+docs: install ## writes docs/configuration.md from the settings
+	$(BIN)/python -m tests.support.configuration > docs/configuration.md.unfinished
+	mv docs/configuration.md.unfinished docs/configuration.md
 
 bench: install ## the benchmarks that docs/benchmarks.md holds; nothing else should run on the machine
 	$(BIN)/python -m tests.benchmarks.speed

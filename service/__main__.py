@@ -50,7 +50,8 @@ class Server(uvicorn.Server):
         yield
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["detect"]:
         return detect.main(arguments[1:])
     settings = parse_settings(arguments)
@@ -223,4 +224,4 @@ def failed(reason: str, settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

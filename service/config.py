@@ -168,14 +168,13 @@ class OneLineParser(argparse.ArgumentParser):
 def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(Settings.model_fields)) -> None:
     """Make a flag of each of these settings."""
     for name in names:
-        field = Settings.model_fields[name]
-        default = "" if field.default is None or field.default == () else f" [{_show(field.default)}]"
+        default = f" [{shown_default(name)}]" if shown_default(name) else ""
         parser.add_argument(
             flag(name),
             dest=name,
             default=argparse.SUPPRESS,
             metavar=_metavar(name),
-            help=f"{field.description}{default}",
+            help=f"{Settings.model_fields[name].description}{default}",
         )
 
 
@@ -219,7 +218,11 @@ def _metavar(name: str) -> str:
     return choices.get(name, name.rsplit("_", 1)[-1].upper())
 
 
-def _show(default: object) -> str:
+def shown_default(name: str) -> str:
+    """The default of a setting as help texts show it; empty where there is none, or where the description says it."""
+    default = Settings.model_fields[name].default
+    if default is None or default == ():
+        return ""
     if isinstance(default, ByteSize):
         return default.human_readable()
     if isinstance(default, Path):

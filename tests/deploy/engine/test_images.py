@@ -67,7 +67,7 @@ find / -xdev \\( -path /proc -o -path /sys \\) -prune -o \\
 ls /app
 """
     found = docker("run", "--rm", "--user", "0", "--entrypoint", "sh", images[runtime], "-c", program).split()
-    assert found == ["LICENSE", "model", "ready.py", "retinaserve-0.1.0.dist-info", "service"]
+    assert found == ["LICENSE", "model", "ready.py", "retinaserve-0.2.0.dist-info", "service"]
     config = json.loads(docker("image", "inspect", images[runtime]))[0]["Config"]
     known = (
         "PATH=",
