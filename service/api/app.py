@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from service.api.detection import Detection
 from service.api.errors import CODES, PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
+from service.api.huggingface import HuggingFace
 from service.api.keys import ApiKeys
 from service.api.middleware import (
     DETECTION_PATHS,
@@ -47,7 +48,7 @@ def create_app(service: Service) -> ASGIApp:
 
     InvalidKeys: the file of API keys is not good.
     """
-    documented = service.settings.docs
+    documented, detection = service.settings.docs, Detection(service)
     make_app = partial(FastAPIOffline, docs_url="/docs") if documented else partial(FastAPI, openapi_url=None)
     api = make_app(
         title="retinaserve",
@@ -55,7 +56,7 @@ def create_app(service: Service) -> ASGIApp:
         summary="A RetinaNet object detector over HTTP.",
         redoc_url=None,
         redirect_slashes=False,
-        routes=Detection(service).routes,
+        routes=[*detection.routes, *HuggingFace(detection, service.settings.max_image_bytes).routes],
     )
     _add_operations(api, service)
     _add_errors(api)
@@ -148,8 +149,10 @@ def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
     detection = (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
     for path in sorted({route.path for route in routes}):
         methods = {method for route in routes if route.path == path for method in route.methods or ()}
-        statuses = detection if path in DETECTION_PATHS else (200, *UNREAD, 401, 500, 503)
-        answers = dict.fromkeys(sorted(methods), statuses) | {OTHER_METHOD: (*UNREAD, 401, 405)}
+        detects = {"POST"} if path in DETECTION_PATHS else set()
+        answers = {
+            method: detection if method in detects else (200, *UNREAD, 401, 500, 503) for method in sorted(methods)
+        } | {OTHER_METHOD: (*UNREAD, 401, 405)}
         metrics.make_series(path, answers, timed=path in DETECTION_PATHS)
     files = dict.fromkeys(("GET", "HEAD"), (200, *UNREAD, 206, 304, 401, 404))  # of the docs page
     metrics.make_series(UNMATCHED, files | {OTHER_METHOD: (200, *UNREAD, 401, 404, 405)}, timed=False)

@@ -16,9 +16,10 @@ from starlette.routing import Route
 from service.api.answers import answers_of
 from service.api.errors import problem_of
 from service.api.middleware import DETECT, DETECT_BATCH, context_of
-from service.api.parameters import options, read_query
+from service.api.parameters import options, read_query, with_parameters
 from service.api.replies import Reply, as_json, as_picture, picture_wanted
 from service.api.service import Service
+from service.api.uploads import JsonImage
 from service.config import MAX_BATCH_IMAGES
 from service.core.job import Finish
 
@@ -41,14 +42,9 @@ class Detection:
         """Answer one image with its detections or its drawing."""
         picture_format = picture_wanted(request.headers.get("accept", ""))
         if picture_format is None:
-            [reply] = await self._replies(request, self._as_json(request), max_images=1)
-        else:
-            finish = partial(as_picture, decoders=self._service.engine.decoders, picture_format=picture_format)
-            [reply] = await self._replies(request, finish, max_images=1, draws=True)
-        if isinstance(reply, BaseException):
-            raise reply
-        timing = ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in reply.timing.items())
-        return Response(reply.body, media_type=reply.media_type, headers={"Server-Timing": timing, "Vary": "Accept"})
+            return await self.respond(request, self._as_json(request))
+        finish = partial(as_picture, decoders=self._service.engine.decoders, picture_format=picture_format)
+        return await self.respond(request, finish, draws=True)
 
     async def detect_batch(self, request: Request) -> Response:
         """Answer each of up to 16 images with its detections or its problem."""
@@ -62,14 +58,33 @@ class Detection:
     def _as_json(self, request: Request) -> Finish:
         return partial(as_json, request_id=context_of(request.scope).request_id)
 
+    async def respond(
+        self, request: Request, finish: Finish, *, draws: bool = False, json: JsonImage | None = None
+    ) -> Response:
+        """Answer one image with what `finish` makes of it. Raises what befalls it. `json`: see `Uploads.receive`."""
+        [reply] = await self._replies(request, finish, max_images=1, draws=draws, json=json)
+        if isinstance(reply, BaseException):
+            raise reply
+        timing = ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in reply.timing.items())
+        return Response(reply.body, media_type=reply.media_type, headers={"Server-Timing": timing, "Vary": "Accept"})
+
     async def _replies(
-        self, request: Request, finish: Finish, *, max_images: int, draws: bool = False
+        self,
+        request: Request,
+        finish: Finish,
+        *,
+        max_images: int,
+        draws: bool = False,
+        json: JsonImage | None = None,
     ) -> list[Reply | BaseException]:
         """What became of each image, in order. Raises what befalls the whole request."""
         service, context = self._service, context_of(request.scope)
         model = service.store.serving()
-        asked = options(read_query(request.query_params), service.settings, model)
-        images, size = await service.uploads.receive(request.headers, request.receive, max_images=max_images)
+        query = read_query(request.query_params)
+        asked = options(query, service.settings, model)
+        images, size = await service.uploads.receive(request.headers, request.receive, max_images=max_images, json=json)
+        if json is not None and json.parameters:
+            asked = options(with_parameters(query, json.parameters), service.settings, model)
         context.watch.lap("read")
         context.fields["body_bytes"] = size
         service.metrics.http.request_size.observe(size)

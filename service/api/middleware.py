@@ -29,7 +29,7 @@ from service.metrics import UNMATCHED, Metrics
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-DETECT, DETECT_BATCH = DETECTION_PATHS = ("/detect", "/detect/batch")
+DETECT, DETECT_BATCH, HUGGING_FACE = DETECTION_PATHS = ("/detect", "/detect/batch", "/")
 OPEN_PATHS = ("/healthz", "/readyz")
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
 """Logged at debug level while they answer 200."""

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from service.api.errors import PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
-from service.api.middleware import DETECT, DETECT_BATCH
+from service.api.huggingface import INPUTS, PARAMETERS, THRESHOLD
+from service.api.middleware import DETECT, DETECT_BATCH, HUGGING_FACE
 from service.api.parameters import DetectQuery
 from service.api.schemas import BatchAnswer
 from service.config import MAX_BATCH_IMAGES
@@ -24,6 +25,17 @@ ONE_PIXEL_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAA
 BASE64 = _form({"type": "string", "format": "byte"}) | {"example": {"image": ONE_PIXEL_PNG}}
 IMAGES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_BATCH_IMAGES}
 QUERY_SCHEMA = DetectQuery.model_json_schema()
+HUGGING_FACE_PARAMETERS = QUERY_SCHEMA["properties"] | {THRESHOLD: QUERY_SCHEMA["properties"]["score_threshold"]}
+HUGGING_FACE_JSON = {
+    "type": "object",
+    "required": [INPUTS],
+    "additionalProperties": False,
+    "properties": {
+        INPUTS: {"type": "string", "format": "byte"},
+        PARAMETERS: {"type": "object", "additionalProperties": False, "properties": HUGGING_FACE_PARAMETERS},
+    },
+    "example": {INPUTS: ONE_PIXEL_PNG, PARAMETERS: {THRESHOLD: 0.5}},
+}
 
 EVERYWHERE = ("unauthorized", "uri_too_long", "headers_too_large", "internal_error")
 UPLOAD = (
@@ -48,7 +60,9 @@ def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
 
 def add_detection(document: dict[str, Any]) -> None:
     """Describe the routes that FastAPI does not know in its document of the others."""
-    document["paths"] = DETECTION | document["paths"]
+    document["paths"] = {
+        path: DETECTION.get(path, {}) | others for path, others in (DETECTION | document["paths"]).items()
+    }
     _, schemas = models_json_schema([(BatchAnswer, "serialization")], ref_template=REFERENCE)
     document["components"]["schemas"] |= schemas["$defs"]  # with Answer and Problem, which it is made of
 
@@ -104,6 +118,19 @@ DETECTION = {
         body={"multipart/form-data": _form(IMAGES)},
         answer={"application/json": _ref("BatchAnswer")},
         codes=UPLOAD,
+    ),
+    HUGGING_FACE: _post(
+        "hugging_face_post",
+        "Detect objects in one image, in Hugging Face's form",
+        "As huggingface_hub's `InferenceClient.object_detection` asks; the bare list of detections comes out.",
+        body={
+            "multipart/form-data": _form(BINARY),
+            "image/*": BINARY,
+            "application/octet-stream": BINARY,
+            "application/json": HUGGING_FACE_JSON,
+        },
+        answer={"application/json": {"type": "array", "items": _ref("Detection")}},
+        codes=ONE_IMAGE,
     ),
 }
 """The paths of the document that detect."""

@@ -1,5 +1,6 @@
 """The query of a detection → the options of its jobs: read, checked, and completed where it says nothing."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
@@ -14,6 +15,8 @@ from service.core.job import Options
 from service.core.store import LoadedModel
 
 SHOWN_LABELS = 20
+SHOWN_CHARACTERS = 200
+"""Of a value that is not valid."""
 
 Value = TypeVar("Value", int, float)
 
@@ -39,6 +42,15 @@ def read_query(parameters: QueryParams) -> DetectQuery:
     values: dict[str, Any] = dict(parameters)
     if "label" in values:
         values["label"] = parameters.getlist("label")
+    return _checked(values)
+
+
+def with_parameters(query: DetectQuery, parameters: Mapping[str, Any]) -> DetectQuery:
+    """Complete the query with what the body says, which wins. InvalidParameter: mend the body."""
+    return _checked(query.model_dump(exclude_unset=True) | dict(parameters))
+
+
+def _checked(values: Mapping[str, Any]) -> DetectQuery:
     try:
         return DetectQuery.model_validate(values)
     except ValidationError as error:
@@ -78,4 +90,5 @@ def _explain(error: ErrorDetails) -> str:
     name = error["loc"][0]
     if error["type"] == "extra_forbidden":
         return f"{name}: there is no such parameter; there are {', '.join(DetectQuery.model_fields)}"
-    return f"{name}: {error['msg']}, not {error['input']!r}"
+    shown = repr(error["input"])
+    return f"{name}: {error['msg']}, not {shown[:SHOWN_CHARACTERS]}{'…' * (len(shown) > SHOWN_CHARACTERS)}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pydantic_core import to_json
 
-from service.api.schemas import answer, timing_ms
+from service.api.schemas import answer, detection_list, timing_ms
 from service.core.decoders import Decoders
 from service.core.job import Detected, Job
 from service.drawing import PictureFormat, check_sides
@@ -22,6 +22,11 @@ class Reply:
 def as_json(detected: Detected, job: Job, *, request_id: str) -> Reply:
     values = answer(detected, request_id)
     return Reply(to_json(values), "application/json", values["timing_ms"], detected)
+
+
+def as_list(detected: Detected, job: Job) -> Reply:
+    """The bare list of detections."""
+    return Reply(to_json(detection_list(detected)), "application/json", timing_ms(detected), detected)
 
 
 def as_picture(detected: Detected, job: Job, *, decoders: Decoders, picture_format: PictureFormat) -> Reply:

@@ -88,29 +88,39 @@ class RawImage:
 
 @dataclass
 class JsonImage(RawImage):
-    """{"image": "<base64>"}, in any of base64's dialects."""
+    """{"image": "<base64>"}, in any of base64's dialects. A subclass may name the image otherwise and read more."""
 
     takes_long: bool = True
     max_image_bytes: int = 0
+    name: str = FIELD
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Known when it is finished."""
 
     def finish(self) -> list[bytearray]:
         try:
             document = parse_json(self.body)
         except (ValueError, RecursionError) as error:
             raise MalformedRequest(f"the body is not JSON that is read here: {error}") from error
-        text = document.get(FIELD) if isinstance(document, dict) else None
+        text = document.pop(self.name, None) if isinstance(document, dict) else None
         if not isinstance(text, LargeString | str):
-            raise MalformedRequest(f'the body is not of the form {{"{FIELD}": "<base64>"}}')
-        if len(document) > 1:
-            raise MalformedRequest(f"the body has keys besides {FIELD!r}; {PARAMETERS_HINT}")
+            raise MalformedRequest(f'the body is not of the form {{"{self.name}": "<base64>"}}')
+        self.read_others(document)
+        return [self._decode(text)]
+
+    def read_others(self, others: dict[str, Any]) -> None:
+        """Take what stands beside the image. MalformedRequest: a key is not known."""
+        if others:
+            raise MalformedRequest(f"the body has keys besides {self.name!r}; {PARAMETERS_HINT}")
+
+    def _decode(self, text: LargeString | str) -> bytearray:
         try:
             image = decode_base64(
                 text.unescaped() if isinstance(text, LargeString) else text.encode("utf-8", "replace")
             )
         except ValueError as error:
-            raise MalformedRequest(f"{FIELD!r} is not base64: {error}") from error
+            raise MalformedRequest(f"{self.name!r} is not base64: {error}") from error
         _check_size(image, self.max_image_bytes)
-        return [image]
+        return image
 
 
 class MultipartImages:
@@ -189,12 +199,15 @@ class Uploads:
         self._timeout_seconds = timeout_seconds
         self.bytes_in_flight = 0
 
-    async def receive(self, headers: Headers, receive: Receive, *, max_images: int = 1) -> tuple[list[bytearray], int]:
-        """The images of the body, and the body's size in bytes. More than one image only as multipart.
+    async def receive(
+        self, headers: Headers, receive: Receive, *, max_images: int = 1, json: JsonImage | None = None
+    ) -> tuple[list[bytearray], int]:
+        """The images of the body, and the body's size in bytes. More than one image only as multipart. `json`: what
+        reads a JSON body, where that is not {"image": "<base64>"}.
 
         Raises MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, UploadsBusy, ClientGone.
         """
-        form, max_body_bytes = self._form(headers, max_images)
+        form, max_body_bytes = self._form(headers, max_images, json)
         size = _content_length(headers)
         if size is not None and size > max_body_bytes:
             raise BodyTooLarge(f"the body has {size} bytes; {max_body_bytes} are allowed")
@@ -212,7 +225,7 @@ class Uploads:
         finally:
             self.bytes_in_flight -= size
 
-    def _form(self, headers: Headers, max_images: int) -> tuple[Form, int]:
+    def _form(self, headers: Headers, max_images: int, json: JsonImage | None) -> tuple[Form, int]:
         """The parser of this Content-Type, and how many bytes it may get."""
         encoding = headers.get("content-encoding", "")
         if {coding.strip().lower() for coding in encoding.split(",")} - {"", "identity"}:
@@ -221,17 +234,16 @@ class Uploads:
         if media_type == b"multipart/form-data":
             if not options.get(b"boundary"):
                 raise MalformedRequest("the multipart Content-Type has no boundary")
-            form = MultipartImages(options[b"boundary"], max_images=max_images, max_image_bytes=self._max_image_bytes)
+            parts = MultipartImages(options[b"boundary"], max_images=max_images, max_image_bytes=self._max_image_bytes)
             most = int(max_images * self._max_image_bytes * ENCODED)
-            return form, min(most, self._max_bytes_in_flight) + OVERHEAD_BYTES
+            return parts, min(most, self._max_bytes_in_flight) + OVERHEAD_BYTES
         if max_images > 1:
             raise UnsupportedMediaType(_expected(media_type, "multipart/form-data"))
         if media_type.startswith(b"image/") or media_type in (b"", b"application/octet-stream"):
             return RawImage(), self._max_image_bytes
         if media_type == b"application/json":
-            return JsonImage(max_image_bytes=self._max_image_bytes), int(
-                self._max_image_bytes * ENCODED
-            ) + OVERHEAD_BYTES
+            form = json or JsonImage(max_image_bytes=self._max_image_bytes)
+            return form, int(self._max_image_bytes * ENCODED) + OVERHEAD_BYTES
         hint = "image/*, application/octet-stream, multipart/form-data or application/json"
         if media_type == b"application/x-www-form-urlencoded":
             hint += "; with curl: -H 'Content-Type: image/jpeg' --data-binary @FILE, or -F image=@FILE"

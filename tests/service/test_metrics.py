@@ -55,7 +55,7 @@ def test_no_request_whatever_makes_a_new_series(server: Serving) -> None:
 
 
 def test_the_series_are_few(server: Serving) -> None:
-    assert len(series(server)) < 450
+    assert len(series(server)) < 550
 
 
 def test_a_method_that_a_route_has_not_counts_as_other(server: Serving) -> None:

@@ -31,6 +31,9 @@ class LargeString:
 
     encoded: Encoded
 
+    def __repr__(self) -> str:
+        return f"a string of {len(self.encoded)} bytes"
+
     def unescaped(self) -> Encoded:
         """Its UTF-8, without the escapes that some encoders write / and + with. ValueError: it has other than ASCII."""
         if b"\\" not in self.encoded:

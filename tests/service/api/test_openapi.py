@@ -9,7 +9,7 @@ from tests.support.serving import FakeDetector, Serving, serving
 
 def test_the_openapi_document_describes_every_route_with_examples(server: Serving) -> None:
     document = server.client.get("/openapi.json").json()
-    assert set(document["paths"]) == {"/detect", "/detect/batch", "/model", "/healthz", "/readyz", "/metrics"}
+    assert set(document["paths"]) == {"/detect", "/detect/batch", "/", "/model", "/healthz", "/readyz", "/metrics"}
     bodies = document["paths"]["/detect"]["post"]["requestBody"]["content"]
     assert set(bodies) == {"multipart/form-data", "image/*", "application/octet-stream", "application/json"}
     schemas = document["components"]["schemas"]
