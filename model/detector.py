@@ -23,6 +23,7 @@ from model.runtime.cores import available_cores
 from model.runtime.cpu import open_on_cpu
 from model.runtime.session import DeviceUnavailable, Lane, is_out_of_memory, one_line
 from model.suppress import suppress
+from model.tiles import Tiling, detect_in_tiles
 from model.types import Candidates, CanvasImage, Detections, Pixels
 from model.untrusted import read_model
 
@@ -145,18 +146,27 @@ class Detector:
         nms_threshold: float | None = None,
         max_detections: int | None = None,
         label_ids: Collection[int] | None = None,
+        tiling: Tiling | None = None,
     ) -> Detections:
-        """The objects of one upright RGB picture, in its pixels; None means the file's metadata decides."""
+        """The objects of one upright RGB picture, in its pixels; None means the file's metadata decides.
+
+        `tiling`: look at its windows, too, for objects that are small in a large picture.
+        """
         metadata = self.metadata
+        score_threshold = metadata.score_threshold if score_threshold is None else score_threshold
+        nms_threshold = metadata.nms_threshold if nms_threshold is None else nms_threshold
+        max_detections = metadata.max_detections if max_detections is None else max_detections
+        if tiling is not None:
+            return detect_in_tiles(
+                image, tiling, metadata.resize, self.run, score_threshold=score_threshold, nms_threshold=nms_threshold,
+                max_detections=max_detections, label_ids=label_ids, batch_size=self.batch_size,
+            )  # fmt: skip
         canvas = to_canvas(image, metadata.resize)
         [candidates] = self.run([canvas])
         detections = suppress(
-            candidates,
-            score_threshold=metadata.score_threshold if score_threshold is None else score_threshold,
-            nms_threshold=metadata.nms_threshold if nms_threshold is None else nms_threshold,
-            max_detections=metadata.max_detections if max_detections is None else max_detections,
+            candidates, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections,
             label_ids=label_ids,
-        )
+        )  # fmt: skip
         return to_original(detections, canvas)
 
 

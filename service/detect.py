@@ -23,6 +23,7 @@ from model.files import write_whole
 from model.formats.signatures import HEAD_BYTES, READ, SUFFIXES, name_of
 from model.image import InvalidImage, decode_image
 from model.metadata import InvalidModel
+from model.tiles import MAX_OVERLAP, MAX_TILE, MIN_TILE, OVERLAP, Tiling
 from model.types import Detections, Pixels, coco_results
 from service.config import PROGRAM, OneLineParser, Settings, add_setting_flags, read_settings
 from service.drawing import SideTooLong, draw, encode_picture
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     settings = read_settings(parser, given)
     try:
+        tiling = Tiling.asked_for(given.tile, given.overlap)
         files, left_out = find_images(given.images)
         drawings = [] if given.draw is None else [drawing_of(given.draw / name) for _, name in files]
         results_file = [] if given.out is None else [given.out]
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
             threads=settings.threads,
             gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
         )
-        results, failed = detect_files(detector, files, settings, drawings)
+        results, failed = detect_files(detector, files, settings, drawings, tiling)
         _write_results(results, given.out)
     except (InvalidModel, DeviceUnavailable, OSError, ValueError) as error:
         parser.error(str(error))
@@ -79,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="files, or folders of files")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the COCO results JSON here [standard output]")
     parser.add_argument("--draw", type=Path, metavar="DIR", help="write the pictures with the boxes drawn here [not]")
+    parser.add_argument(
+        "--tile", type=int, metavar="PX", help=f"look at windows of this side, too, {MIN_TILE} to {MAX_TILE} [not]"
+    )
+    parser.add_argument(
+        "--overlap", type=float, metavar="X", help=f"share that windows have in common, 0 to {MAX_OVERLAP} [{OVERLAP}]"
+    )
     add_setting_flags(parser, SETTINGS)
     return parser
 
@@ -129,8 +137,9 @@ def _but(kinds: collections.Counter[str]) -> str:
 
 
 def detect_files(
-    detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, drawings: Sequence[Path] = ()
-) -> tuple[list[dict[str, Any]], list[Path]]:
+    detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, drawings: Sequence[Path] = (),
+    tiling: Tiling | None = None,
+) -> tuple[list[dict[str, Any]], list[Path]]:  # fmt: skip
     """COCO results of all files, and the files that could not be read or drawn. `drawings`: where to, one for each
     file, or none at all. ValueError: two files have one image_id."""
     results: list[dict[str, Any]] = []
@@ -148,6 +157,7 @@ def detect_files(
                     score_threshold=settings.score_threshold,
                     nms_threshold=settings.nms_threshold,
                     max_detections=settings.max_detections,
+                    tiling=tiling,
                 )
                 results += coco_results(image_id_of(path), detections)
                 if drawings:

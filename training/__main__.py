@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.metadata import InvalidModel
+from model.tiles import Tiling
 from training.arguments import build_parser
 from training.checkpoint import InvalidCheckpoint
 from training.coco import InvalidDataSet, load_coco
@@ -97,9 +98,12 @@ def evaluate(options: argparse.Namespace) -> None:
     from training.evaluate import choose_device, open_predictor
     from training.evaluate import evaluate as run_evaluation
 
+    tiling = Tiling.asked_for(options.tile, options.overlap)
+    if tiling is not None and options.scales:
+        raise ValueError("--tile and --scales are two ways to look at a picture more than once: take one")
     with joined(local_device(choose_device(options.device))) as ranks:
         report = run_evaluation(
-            replace(open_predictor(options.model, options.device), scales=options.scales),
+            replace(open_predictor(options.model, options.device), scales=options.scales, tiling=tiling),
             load_coco(options.data, "val", class_agnostic=options.class_agnostic),
             limit=options.images,
             skip_unreadable=options.unreadable == "skip",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeAlias, get_args
 
 from model.detector import Device
+from model.tiles import MAX_TILE, MIN_TILE, OVERLAP
 from training.config import TrainConfig, add_flags
 from training.presets import PRESETS
 
@@ -66,6 +67,12 @@ def _add_evaluate(commands: Commands) -> None:
         default=(),
         metavar="PX,PX,...",
         help="shorter sides of an image pyramid, such as 600,800,1000; default: the model's own size alone",
+    )
+    parser.add_argument(
+        "--tile", type=int, metavar="PX", help=f"look at windows of this side, too, {MIN_TILE} to {MAX_TILE}"
+    )
+    parser.add_argument(
+        "--overlap", type=float, metavar="X", help=f"share that they have in common; default: {OVERLAP}"
     )
     parser.add_argument(
         "--class-agnostic", action="store_true", help="what an object is called does not count, as of proposals"

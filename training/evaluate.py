@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from model.image import to_canvas, to_original
 from model.metadata import Label, ResizePolicy
 from model.retinanet import LevelOutputs
 from model.suppress import suppress
+from model.tiles import Tiling, detect_in_tiles
 from model.types import Candidates, CanvasImage, Detections, Pixels, coco_results
 from training.checkpoint import build_detector, load_checkpoint
 from training.coco import OBJECT, CocoDataSet, InvalidDataSet
@@ -52,16 +53,16 @@ class Predictor:
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     scales: tuple[int, ...] = ()
     """Shorter sides, px, of an image pyramid whose candidates go through one NMS; none: the resize policy's own."""
+    tiling: Tiling | None = None
+    """Look at the picture's windows, too."""
 
     def __call__(self, image: Pixels) -> Detections:
         """The objects of one upright picture, in its pixels."""
+        if self.tiling is not None:
+            return detect_in_tiles(image, self.tiling, self.resize, self.run, **asdict(self.detection))
         canvases = [to_canvas(image, scaled(self.resize, scale)) for scale in self.scales or [self.resize.shorter_side]]
-        detections = suppress(
-            merged([self.run([canvas])[0] for canvas in canvases], canvases),
-            score_threshold=self.detection.score_threshold,
-            nms_threshold=self.detection.nms_threshold,
-            max_detections=self.detection.max_detections,
-        )
+        candidates = merged([self.run([canvas])[0] for canvas in canvases], canvases)
+        detections = suppress(candidates, **asdict(self.detection))
         return to_original(detections, canvases[0])
 
 

@@ -15,6 +15,7 @@ from model.image import to_canvas, to_original
 from model.metadata import InvalidModel, Label, ModelMetadata
 from model.runtime.session import has_cuda_build
 from model.suppress import suppress
+from model.tiles import Found, Tiling, merge, whole, windows
 from model.types import Candidates, CanvasImage, Detections, Pixels
 from tests.support.tiny_model import SHAPES, SMALL, tiny_graph, write_tiny_model
 
@@ -215,6 +216,21 @@ def test_detect_finds_one_box_for_each_cell_of_the_picture(tiny: Detector) -> No
     assert strong.any()
     for centre in centres[strong]:
         assert np.abs(expected - centre).sum(axis=1).min() < 0.01
+
+
+def test_tiles_are_run_beside_the_whole_picture(tiny: Detector) -> None:
+    image, tiling = picture(100, 300), Tiling(100, 0.5)
+    found = [
+        Found.of(tiny.run([canvas])[0], canvas, window, (100, 300), score_threshold=0.3, nms_threshold=0.4)
+        for window in [whole(100, 300), *windows(100, 300, tiling)]
+        for canvas in [to_canvas(window.cut(image), SMALL)]
+    ]
+    expected = merge(found, nms_threshold=0.4, max_detections=20)
+    assert_equal(tiny.detect(image, score_threshold=0.3, nms_threshold=0.4, max_detections=20, tiling=tiling), expected)
+
+
+def test_a_picture_that_fits_into_a_tile_is_detected_as_without(tiny: Detector) -> None:
+    assert_equal(tiny.detect(picture(100, 90), tiling=Tiling(100)), tiny.detect(picture(100, 90)))
 
 
 def test_parameters_override_the_files_own(tiny: Detector) -> None:

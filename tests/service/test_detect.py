@@ -6,11 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from model.detector import Detector
 from model.image import decode_image
+from model.tiles import Tiling
 from service.__main__ import main
 from tests.support.serving import picture
 from tests.support.tiny_model import write_tiny_model
@@ -45,6 +47,25 @@ def test_results_are_coco_json_and_equal_the_detector_s(tmp_path: Path, model: s
         assert result["bbox"] == pytest.approx([xmin, ymin, xmax - xmin, ymax - ymin], abs=1e-3)
         assert (result["score"], result["category_id"]) == (pytest.approx(score, abs=1e-6), label)
     assert [path.name for path in out.parent.iterdir()] == ["results.json"], "no temporary file is left"
+
+
+def test_tiles_find_more(tmp_path: Path, model: str, folder: Path) -> None:
+    out = tmp_path / "results.json"
+    picture_file = folder / "000042.png"
+    assert (
+        main(["detect", str(picture_file), "--model", model, "--out", str(out), "--tile", "64", "--overlap", "0.5"])
+        == 0
+    )
+    expected = Detector(Path(model)).detect(decode_image(picture_file.read_bytes()), tiling=Tiling(64, 0.5))
+    boxes = [result["bbox"][:2] for result in json.loads(out.read_text())]
+    np.testing.assert_allclose(boxes, expected.boxes[:, :2], atol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [("--overlap", "0.5"), ("--tile", "63"), ("--tile", "64", "--overlap", "1")])
+def test_tiles_that_cannot_be_are_one_line(model: str, folder: Path, flags: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["detect", str(folder), "--model", model, *flags])
+    assert exited.value.code == 2
 
 
 def test_without_out_the_results_go_to_standard_output(

@@ -14,12 +14,14 @@ from pycocotools.cocoeval import COCOeval
 
 from model.image import resized_size
 from model.metadata import Label, ResizePolicy
+from model.tiles import Tiling
 from model.types import Candidates, CanvasImage, Detections, coco_results
 from training.coco import CocoDataSet, InvalidDataSet, load_coco, without_classes
 from training.evaluate import Predictor, average_precision, evaluate, scaled
 
 LABELS = (Label(4, "cat"), Label(9, "dog"), Label(11, "absent"))
 RESIZE = ResizePolicy(shorter_side=64, longest_side=128)
+NOTHING = Candidates(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
 @pytest.fixture
@@ -150,6 +152,20 @@ def test_an_image_pyramid_finds_each_object_once_and_sees_every_scale(data_set: 
     assert sides[:3] == [(64, 85), (96, 128), (48, 64)]
     for one, other in zip(detections(plain, data_set), detections(pyramid, data_set), strict=True):
         assert len(one) == len(other)
+
+
+def test_tiles_are_looked_at_beside_the_whole_picture(data_set: CocoDataSet) -> None:
+    sizes = []
+    plain = oracle(data_set)
+
+    def run(canvases: list[CanvasImage]) -> list[Candidates]:
+        sizes.extend(canvas.original_size for canvas in canvases)
+        return plain.run([canvases[0]]) if canvases[0].original_size == (90, 120) else [NOTHING for _ in canvases]
+
+    tiled = Predictor(run, LABELS, RESIZE, tiling=Tiling(80, 0.5))  # type: ignore[arg-type]
+    for one, other in zip(detections(plain, data_set), detections(tiled, data_set), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert sizes[:5] == [(90, 120)] + [(80, 80)] * 4
 
 
 def test_the_bound_on_the_longer_side_grows_with_the_scale() -> None:
