@@ -165,6 +165,7 @@ def build_service(
         settings.model_file,
         open_detector or default_opener,
         metrics,
+        name=settings.model_name,
         load_timeout_seconds=settings.model_load_timeout_seconds,
         poll_seconds=settings.model_poll_seconds,
         max_batch_size=settings.max_batch_size,

@@ -35,6 +35,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 CommaSeparated = NoDecode
 ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
+SHOWN_FILES = 3
 MAX_BATCH_IMAGES = 16
 """Of one request."""
 DetectionCount = Annotated[int, Field(ge=1, le=5000)]
@@ -50,7 +51,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     model: Path | None = Field(
-        None, description="the .onnx file to serve [the demo model, int8 where that ships and the CPU is fast at it]"
+        None,
+        description="the .onnx file to serve, or a folder that holds one [the demo model, int8 where that ships and "
+        "the CPU is fast at it]",
+    )
+    model_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        description="the model's name in answers, metrics and /v2 [the model file's]",
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
@@ -124,6 +132,21 @@ class Settings(BaseSettings):
     def model_file(self) -> Path:
         """What `model` says, or the demo model's best file for this machine."""
         return self.model or demo_model(self.device)
+
+    @field_validator("model")
+    @classmethod
+    def _folder_holds_one(cls, model: Path | None) -> Path | None:
+        """The file to serve. A path that cannot be looked at is told of when it is opened."""
+        try:
+            if model is None or not model.is_dir():
+                return model
+        except OSError:
+            return model
+        files = sorted(model.glob("*.onnx"))
+        if len(files) != 1:
+            names = f": {', '.join(file.name for file in files[:SHOWN_FILES])}" if files else ""
+            raise ValueError(f"a folder must hold exactly one .onnx file, and this holds {len(files)}{names}")
+        return files[0]
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

@@ -198,7 +198,7 @@ def detection_list(detected: Detected) -> list[dict[str, Any]]:
 def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
     detector, metadata = model.detector, model.detector.metadata
     return ModelCard(
-        name=metadata.name,
+        name=model.name,
         sha256=detector.sha256,
         labels=metadata.labels,
         architecture=metadata.architecture,

@@ -47,10 +47,7 @@ class LoadedModel:
     label_names: dict[int, str]
     label_ids: dict[str, int]
     max_batch_size: int
-
-    @property
-    def name(self) -> str:
-        return self.detector.metadata.name
+    name: str
 
     @cached_property
     def canvas_bytes(self) -> int:
@@ -65,12 +62,15 @@ class ModelStore:
         open_detector: Callable[[Path], Detector],
         metrics: Metrics,
         *,
+        name: str | None = None,
         load_timeout_seconds: float | None = None,
         poll_seconds: float = 0,
         max_batch_size: int | None = None,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
+        """`name`: what the model is called, whatever its file says."""
         self._path = path
+        self._name = name
         self._open_detector = open_detector
         self._metrics = metrics
         self._load_timeout_seconds = load_timeout_seconds
@@ -112,7 +112,7 @@ class ModelStore:
     def load(self) -> None:
         """Replace the model. Raises what is FORESEEN, and leaves it as it was."""
         self.current, load_seconds, warmup_seconds = _in_time(self._open, self._load_timeout_seconds)
-        self._report(self.current.detector, load_seconds, warmup_seconds)
+        self._report(self.current, load_seconds, warmup_seconds)
 
     def _open(self) -> tuple[LoadedModel, float, float]:
         """The model, and the seconds that opening and warming it up took."""
@@ -127,6 +127,7 @@ class ModelStore:
             label_names={label.class_id: label.label for label in labels},
             label_ids={label.label: label.class_id for label in labels},
             max_batch_size=max_batch_size,
+            name=self._name or detector.metadata.name,
         )
         return model, opened - started, time.perf_counter() - opened
 
@@ -150,11 +151,11 @@ class ModelStore:
         self._metrics.model_reloads.labels("success").inc()
         return True
 
-    def _report(self, detector: Detector, load_seconds: float, warmup_seconds: float) -> None:
-        metadata = detector.metadata
+    def _report(self, model: LoadedModel, load_seconds: float, warmup_seconds: float) -> None:
+        detector, metadata = model.detector, model.detector.metadata
         self._metrics.model_info.info(
             {
-                "name": metadata.name,
+                "name": model.name,
                 "sha256": detector.sha256,
                 "precision": metadata.precision,
                 "provider": detector.provider,
@@ -166,7 +167,7 @@ class ModelStore:
         self._metrics.warmup_seconds.set(warmup_seconds)
         logger.info(
             "serving model %s (%s) from %s on %s, loaded in %.2f s, warmed up in %.2f s",
-            metadata.name, detector.sha256[:12], self._path, detector.provider, load_seconds, warmup_seconds,
+            model.name, detector.sha256[:12], self._path, detector.provider, load_seconds, warmup_seconds,
         )  # fmt: skip
         if detector.fell_back:
             logger.warning("CUDA was wanted and cannot be used: the model runs on the CPU")

@@ -288,7 +288,7 @@ def postprocess(setting: Setting) -> list[Row]:
     found = candidates(5000, 1700, classes=len(ids), objects=400)
     found.labels[:] = np.array(ids)[found.labels]
     names = {label.class_id: label.label for label in detector.metadata.labels}
-    model = LoadedModel(detector, names, {name: label for label, name in names.items()}, 1)
+    model = LoadedModel(detector, names, {name: label for label, name in names.items()}, 1, detector.metadata.name)
     options = Options(score_threshold=0.05, nms_threshold=0.5, max_detections=300)
     kept = engine.postprocess(found, canvas, options)
     assert len(kept) == 300, f"only {len(kept)} boxes: nothing is shown"

@@ -217,7 +217,7 @@ def objects(rounds: int, cache: Path) -> Iterator[Curve]:
     """Threshold, NMS and JSON, when a picture has so many objects with 9 candidates for each."""
     detector = Detector(PRETRAINED, device="cpu")
     names = {label.class_id: label.label for label in detector.metadata.labels}
-    model = LoadedModel(detector, names, {name: label for label, name in names.items()}, 1)
+    model = LoadedModel(detector, names, {name: label for label, name in names.items()}, 1, detector.metadata.name)
     canvas = CanvasImage(np.zeros((800, 1088, 3), np.uint8), (800, 1066), (960, 1280))
     options = Options(score_threshold=0.05, nms_threshold=0.5, max_detections=300)
 

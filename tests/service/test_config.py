@@ -47,6 +47,21 @@ def test_a_flag_wins_over_the_environment_and_the_environment_over_the_default(
     assert (settings.port, settings.model) == (9002, Path("/models/a.onnx"))
 
 
+def test_a_folder_stands_for_the_one_onnx_file_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.txt").touch()
+    assert "exactly one .onnx file, and this holds 0" in error_of(capsys, "--model", str(tmp_path))
+    (tmp_path / "a.onnx").touch()
+    assert parse_settings(["--model", str(tmp_path)]).model_file == tmp_path / "a.onnx"
+    (tmp_path / "b.onnx").touch()
+    assert "this holds 2: a.onnx, b.onnx" in error_of(capsys, "--model", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "two words", "x" * 129])
+def test_a_models_name_can_stand_in_a_path(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert parse_settings(["--model-name", "shapes.v2_1-b"]).model_name == "shapes.v2_1-b"
+    assert "--model-name" in error_of(capsys, "--model-name", name)
+
+
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETINASERVE_SCORE_THRESHOLD", "")
     assert parse_settings([]).score_threshold is None

@@ -1,7 +1,7 @@
 """The routes beside those that detect."""
 
 from service.api.schemas import ModelCard
-from tests.support.serving import Serving, assert_problem
+from tests.support.serving import FakeDetector, Serving, assert_problem, detect, serving
 
 
 def test_an_unknown_path_and_a_wrong_method_are_problems(server: Serving) -> None:
@@ -18,6 +18,14 @@ def test_the_model_describes_itself(server: Serving) -> None:
     assert [(entry.class_id, entry.label) for entry in card.labels] == [(1, "circle"), (2, "square")]
     assert card.anchors is not None
     assert (card.anchors.base_sizes, card.anchors.lowest_level) == ((20, 40), 3)
+
+
+def test_the_name_that_is_set_is_the_models_everywhere() -> None:
+    with serving(FakeDetector(), model_name="detector-7") as server:
+        assert server.client.get("/model").json()["name"] == "detector-7"
+        assert detect(server).json()["model"]["name"] == "detector-7"
+        assert "retinaserve_model_info{" in (text := server.client.get("/metrics").text)
+        assert 'name="detector-7"' in text and 'name="fake"' not in text
 
 
 def test_probes_answer_get_and_head(server: Serving) -> None:

@@ -36,7 +36,7 @@ class Device:
 
 
 def model(device: Device, max_batch_size: int = 2) -> LoadedModel:
-    return LoadedModel(cast("Any", device), {}, {}, max_batch_size)
+    return LoadedModel(cast("Any", device), {}, {}, max_batch_size, "fake")
 
 
 class Scene:

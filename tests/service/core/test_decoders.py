@@ -60,7 +60,7 @@ def decoders(kills: Kills, others: set[psutil.Process]) -> Iterator[Decoders]:
 
 
 def job_of(data: bytes, *, seconds: float = 60) -> Job:
-    model = LoadedModel(cast("Any", FakeDetector()), {}, {}, 1)
+    model = LoadedModel(cast("Any", FakeDetector()), {}, {}, 1, "fake")
     deadline = time.monotonic() + seconds
     return Job(
         bytearray(data),

@@ -41,7 +41,7 @@ class Answer(Future[Any]):
 
 
 def model(max_batch_size: int = 2, lanes: int = 1) -> LoadedModel:
-    return LoadedModel(cast("Any", FakeDetector(lanes=lanes)), {}, {}, max_batch_size)
+    return LoadedModel(cast("Any", FakeDetector(lanes=lanes)), {}, {}, max_batch_size, "fake")
 
 
 class Scene:
