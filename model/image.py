@@ -8,7 +8,8 @@ One reader for each format (`model.formats`) checks the size that the file claim
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -16,11 +17,20 @@ from PIL import Image
 
 from model.formats import InvalidImage, TooManyPixels, bmp, jpeg, pillow, png, tiff
 from model.formats.exif import upright
-from model.formats.signatures import READ, name_of
+from model.formats.signatures import HEAD_BYTES, READ, name_of
 from model.metadata import ResizePolicy
 from model.types import CanvasImage, Detections, Pixels
 
-__all__ = ["MAX_PIXELS", "InvalidImage", "TooManyPixels", "decode_image", "resized_size", "to_canvas", "to_original"]
+__all__ = [
+    "MAX_PIXELS",
+    "InvalidImage",
+    "TooManyPixels",
+    "decode_image",
+    "decode_soon",
+    "resized_size",
+    "to_canvas",
+    "to_original",
+]
 
 MAX_PIXELS = 50_000_000
 READERS: Mapping[str, pillow.Reader] = {
@@ -53,11 +63,28 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     if name is None or name not in READERS:
         came = f"these {len(data):,} bytes are not an image" if name is None else f"this is {name}, which is not read"
         raise InvalidImage(f"{came}; send one of {', '.join(READ)}")
-    try:
+    with _damage_is_invalid(name):
         return upright(*READERS[name](data, max_pixels))
+
+
+def decode_soon(data: bytes | bytearray, *, max_pixels: int = MAX_PIXELS) -> Pixels | None:
+    """The picture as `decode_image` returns it, or its error, if the file is a JPEG whose segments show that this takes
+    about a second; else None, at once."""
+    if name_of(bytes(data[:HEAD_BYTES])) != "JPEG":
+        return None
+    with _damage_is_invalid("JPEG"):
+        read = jpeg.read_soon(bytes(data), max_pixels)
+        return None if read is None else upright(*read)
+
+
+@contextmanager
+def _damage_is_invalid(name: str) -> Iterator[None]:
+    """A boundary: for a damaged file a reader raises nearly anything, SyntaxError included."""
+    try:
+        yield
     except InvalidImage:
         raise
-    except Exception as error:  # a boundary: for a damaged file a reader raises nearly anything, SyntaxError included
+    except Exception as error:
         reason = str(error) or type(error).__name__
         raise InvalidImage(f"the {name} cannot be decoded, it is cut off or damaged: {reason}") from error
 

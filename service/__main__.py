@@ -152,7 +152,7 @@ def build_service(
     """Make the parts of the service and start none. What is not given is made as the settings say."""
     metrics = Metrics()
     decode_threads = settings.decode_threads or available_cores()
-    decoders = decoders or Decoders(decode_threads, metrics.decoders, max_pixels=settings.max_image_pixels)
+    decoders = decoders or Decoders(decode_threads, metrics.decoders)
     default_opener = functools.partial(
         Detector,
         device=settings.device,

@@ -25,6 +25,8 @@ MAX_SCANS = 200
 """A progressive JPEG of a few megabytes can name so many scans that decoding takes hours; real ones have about ten."""
 MAX_SEGMENTS = 5_000
 """Real files have tens, and some hundred where a depth map is cut into pieces of 64 KiB."""
+MAX_HEAD_STRAY_BYTES = 1024
+"""Between two segments before the first scan: the head is read where nothing may take long."""
 MAX_STRAY_BYTES = 32
 """Behind the last scan. More of them are what is left of a scan in which the decoder lost its place, unless all are
 one value: padding, of any length."""
@@ -51,6 +53,9 @@ class Segment:
     scan: bytes = b""
     """The entropy-coded data behind an SOS."""
 
+    def is_frame(self) -> bool:
+        return self.marker in FRAMES and len(self.payload) >= 6
+
     def without_padding(self, padding: bytes) -> "Segment":
         """Less a run of these equal bytes at its end, but for two, which the scan may need and no decoder minds."""
         kept = self.scan.rstrip(padding[:1])
@@ -71,9 +76,15 @@ class Structure:
 
     def frame(self) -> bytes:
         for segment in self.segments:
-            if segment.marker in FRAMES and len(segment.payload) >= 6:
+            if segment.is_frame():
                 return segment.payload
         raise InvalidImage("the JPEG has no frame header: it is cut off or damaged")
+
+    def takes_little(self) -> bool:
+        """Decoding takes about a second at most."""
+        height, width, components = shape(self.frame())
+        scans = sum(segment.marker == SOS for segment in self.segments)
+        return components < 4 and height * width * scans <= MAX_SOON_PIXELS
 
     def exif(self) -> bytes | None:
         for segment in self.segments:
@@ -140,56 +151,66 @@ class Structure:
         return len(sent) < 64 * self.frame()[5]
 
 
-def parse(data: bytes) -> Structure:
-    """Walk the segments. Bytes that are none are skipped, as decoders do; a segment that is cut off ends the walk."""
-    segments: list[Segment] = []
+def walk(data: bytes | bytearray, *, head: bool = False) -> Iterator[Segment]:
+    """The segments, up to the file's own end marker, which is the last. Bytes that are none are skipped, as decoders
+    do; a segment that is cut off ends the walk, and so does, in the head, the first scan or much that is no segment.
+
+    InvalidImage: scans or segments without end, or a second beginning.
+    """
     position, scans, markers = 2, 0, 0
-    while found := _MARKER.search(data, position):
+    while found := _MARKER.search(data, position, position + MAX_HEAD_STRAY_BYTES if head else len(data)):
         marker, position = found[0][1], found.end()
         markers += 1
         if scans > MAX_SCANS or markers > MAX_SEGMENTS:
             raise InvalidImage(f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments")
         if marker in STANDALONE:
             continue
-        if marker == EOI:
-            return Structure(segments, complete=True)
         if marker == SOI:
             raise InvalidImage("the JPEG is damaged: a second one begins inside it")
+        if marker == EOI:
+            yield Segment(marker, b"")
+            return
         end = position + max(2, int.from_bytes(data[position : position + 2], "big"))
-        if end > len(data):
-            break
+        if end > len(data) or (head and marker == SOS):
+            return
         scan_end = end
         if marker == SOS:
             scans += 1
             after = _END_OF_SCAN.search(data, end)
             scan_end = after.start() if after else len(data)
-        segments.append(Segment(marker, data[position + 2 : end], data[end:scan_end]))
+        yield Segment(marker, bytes(data[position + 2 : end]), bytes(data[end:scan_end]))
         position = scan_end
-    return Structure(segments, complete=False)
 
 
-def decodes_soon(data: bytes) -> bool:
-    """Whether this is a JPEG that a walk over its segments shows to be decoded, or refused, in about a second."""
-    if not data.startswith(b"\xff\xd8"):
-        return False
-    try:
-        structure = parse(data)
-        height, width, components = _shape(structure.frame())
-    except InvalidImage:
-        return True
-    scans = sum(segment.marker == SOS for segment in structure.segments)
-    return components < 4 and height * width * scans <= MAX_SOON_PIXELS
+def frame_in(data: bytes | bytearray) -> Segment | None:
+    """The frame header, if it stands before the first scan."""
+    return next((each for each in walk(data, head=True) if each.is_frame()), None)
 
 
-def _shape(frame: bytes) -> tuple[int, int, int]:
-    """Height, width, components."""
+def parse(data: bytes) -> Structure:
+    segments = list(walk(data))
+    complete = bool(segments) and segments[-1].marker == EOI
+    return Structure(segments[:-1] if complete else segments, complete)
+
+
+def shape(frame: bytes) -> tuple[int, int, int]:
+    """Height, width and components of a frame header."""
     return int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
 
 
 def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
+    return _read(data, parse(data), max_pixels)
+
+
+def read_soon(data: bytes, max_pixels: int) -> tuple[Pixels, object] | None:
+    """As `read`, if the segments show that reading, or refusing, takes about a second; else None."""
     structure = parse(data)
+    return _read(data, structure, max_pixels) if structure.takes_little() else None
+
+
+def _read(data: bytes, structure: Structure, max_pixels: int) -> tuple[Pixels, object]:
     frame = structure.frame()
-    height, width, components = _shape(frame)
+    height, width, components = shape(frame)
     check_pixels(width, height, max_pixels)
     if frame[0] != 8:
         raise InvalidImage(f"a JPEG of {frame[0]} bits per sample is not read: send 8")

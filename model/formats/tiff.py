@@ -8,6 +8,7 @@ sub-directories. A raw file is refused wherever it keeps its preview. Source: TI
 """
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import TiffImagePlugin
@@ -47,7 +48,12 @@ MAX_PIXEL_BYTES = 8
 CHUNK_SAMPLES = 1 << 22
 """So many samples become RGB at once."""
 
+MAX_TILE_PIXELS = 2
+"""Pixels of all tiles for each of the largest picture: tiles reach beyond its edges."""
+
 UNSIGNED = 1
+SEPARATE = 2
+"""Each sample has a plane of its own."""
 DIFFERENCED = (5, 8, 32946, 34925, 50000)
 """Compressions that heed the predictor."""
 BYTES_COMPRESSIONS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
@@ -71,12 +77,13 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
     check_pixels(width, height, max_pixels)
     if width * height == 0:
         raise InvalidImage("the TIFF has no pixels")
-    layout, grid = _layout(file, directory), Grid.of(directory, width, height)
-    if grid.pixels > 2 * max_pixels:
-        raise TooManyPixels(f"the TIFF has tiles of {grid.pixels:,} pixels; at most {2 * max_pixels:,} are allowed")
-    at_once = layout.row_bytes(grid.width) * grid.columns * grid.height
-    if at_once > MAX_PIXEL_BYTES * max_pixels:
-        raise TooManyPixels(f"the TIFF's strips have {at_once:,} bytes; send the picture in smaller strips")
+    layout, grid, work = _layout(file, directory), Grid.of(directory, width, height), work_of(directory)
+    if work.tile_pixels > MAX_TILE_PIXELS * max_pixels:
+        raise TooManyPixels(
+            f"the TIFF has tiles of {work.tile_pixels:,} pixels; at most {MAX_TILE_PIXELS * max_pixels:,} are allowed"
+        )
+    if work.bytes_at_once > MAX_PIXEL_BYTES * max_pixels:
+        raise TooManyPixels(f"the TIFF's strips have {work.bytes_at_once:,} bytes; send the picture in smaller strips")
     compression = directory.get(COMPRESSION, 1)
     if compression in BYTES_COMPRESSIONS and layout.photometric not in (YCBCR, LAB):
         pixels = _read_samples(file, directory, grid, layout)
@@ -85,6 +92,27 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
     else:
         raise InvalidImage(f"a TIFF compressed by {COMPRESSIONS.get(compression, f'method {compression}')} is not read")
     return pixels, directory.get(ORIENTATION, 1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decoding takes besides the picture's own pixels."""
+
+    tile_pixels: int
+    bytes_at_once: int
+    """Of a row of strips or tiles."""
+
+    @property
+    def pixels(self) -> int:
+        """Of the smallest picture that may take so much."""
+        return max(-(-self.tile_pixels // MAX_TILE_PIXELS), -(-self.bytes_at_once // MAX_PIXEL_BYTES))
+
+
+def work_of(directory: Directory) -> Work:
+    grid = Grid.of(directory, directory.get(WIDTH, 0), directory.get(HEIGHT, 0))
+    samples = 1 if directory.get(PLANAR, 1) == SEPARATE else directory.get(SAMPLES, 1)
+    row_bytes = (grid.width * samples * directory.get(BITS, 1) + 7) // 8
+    return Work(grid.pixels, row_bytes * grid.columns * grid.height)
 
 
 def _layout(file: File, directory: Directory) -> Layout:
@@ -108,7 +136,7 @@ def _layout(file: File, directory: Directory) -> Layout:
         bits=bits[0],
         samples=samples,
         photometric=photometric,
-        separate=directory.get(PLANAR, 1) == 2 and samples > 1,
+        separate=directory.get(PLANAR, 1) == SEPARATE and samples > 1,
         order=file.order,
         differences=directory.get(PREDICTOR, 1) if directory.get(COMPRESSION, 1) in DIFFERENCED else 1,
         extra=tuple(directory.all(EXTRA_SAMPLES)),

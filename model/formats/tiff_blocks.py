@@ -86,7 +86,7 @@ def decompressed(
     extents = [(start, min(start + size, len(file.data))) for start, size in zip(offsets, sizes, strict=False)]
     if sum(max(0, end - start) for start, end in extents) > len(file.data) + BAND_BYTES:
         raise InvalidImage("the TIFF is damaged: its strips or tiles overlap")
-    blocks = [file.data[start:end] for start, end in extents]
+    blocks = [bytes(file.data[start:end]) for start, end in extents]
     if len(blocks) < count:
         raise InvalidImage("the TIFF is cut off or damaged: some of its pixels are missing")
     with TiffImagePlugin.TiffImageFile(io.BytesIO(_grey_tiff(tags, blocks, grid.tiled))) as image:

@@ -68,14 +68,14 @@ class Directory:
 
 @dataclass(frozen=True)
 class File:
-    data: bytes
+    data: bytes | bytearray
     order: str
     """"<" or ">"."""
     big: bool
 
     @staticmethod
-    def of(data: bytes) -> "File":
-        order = {b"II": "<", b"MM": ">"}[data[:2]]
+    def of(data: bytes | bytearray) -> "File":
+        order = {b"II": "<", b"MM": ">"}[bytes(data[:2])]
         return File(data, order, 43 in data[2:4])
 
     def first(self) -> int:
@@ -132,10 +132,10 @@ class File:
     def starting_at(self, directory: Directory) -> bytes:
         """The file with this directory as its first."""
         if directory.offset == self.first():
-            return self.data
-        header = self.data[:8] if self.big else self.data[:4]
+            return bytes(self.data)
+        header = bytes(self.data[: 8 if self.big else 4])
         header += struct.pack(self.order + ("Q" if self.big else "I"), directory.offset)
-        return header + self.data[len(header) :]
+        return header + bytes(self.data[len(header) :])
 
 
 def picture_in(file: File) -> Directory:

@@ -21,8 +21,7 @@ from typing import Literal
 import numpy as np
 from pydantic import TypeAdapter
 
-from model.formats.size import claimed_pixels
-from model.image import MAX_PIXELS, InvalidImage, TooManyPixels, canvas_size
+from model.image import InvalidImage, TooManyPixels, canvas_size
 from model.metadata import ResizePolicy
 from model.types import CanvasImage, Detections
 from service.core.decoder_process import MAX_ANSWER_BYTES, Answer, Drawing, Request, receive_into, receive_json, send
@@ -52,13 +51,11 @@ class Decoders:
         count: int,
         metrics: DecoderMetrics,
         *,
-        max_pixels: int = MAX_PIXELS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         """`memory_bytes`: what one decode may take."""
         self._count = count
         self._metrics = metrics
-        self._max_pixels = max_pixels
         self._memory_bytes = memory_bytes
         self._idle: SimpleQueue[_Child] = SimpleQueue()
         self._alive: set[_Child] = set()
@@ -81,10 +78,8 @@ class Decoders:
 
     def canvas(self, job: Job, resize: ResizePolicy) -> CanvasImage:
         """Decode and resize the job's picture. Raises InvalidImage, TooManyPixels, DeadlineExceeded."""
-        # What it is to decode was planned by the size that the picture claims; more than that it shall not be.
-        most = min(self._max_pixels, claimed_pixels(job.data) or self._max_pixels)
         policy = resize.shorter_side, resize.longest_side, resize.divisor
-        answer, payload = self._ask(job, Request(len(job.data), most, resize=policy))
+        answer, payload = self._ask(job, Request(len(job.data), job.max_pixels, resize=policy))
         height, width = answer.canvas_size
         if (height, width) != canvas_size(*answer.original_size, resize) or len(payload) != height * width * 3:
             raise InvalidImage("the decoder's answer makes no sense")
@@ -103,7 +98,7 @@ class Decoders:
             detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(),
             {str(label): name for label, name in names.items()}, picture_format,
         )  # fmt: skip
-        _, payload = self._ask(job, Request(len(job.data), self._max_pixels, drawing=drawing))
+        _, payload = self._ask(job, Request(len(job.data), job.max_pixels, drawing=drawing))
         return bytes(payload)
 
     def _ask(self, job: Job, request: Request) -> tuple[Answer, bytearray]:

@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence
 
 from model.detector import InferenceFailed
-from model.formats.jpeg import decodes_soon
-from model.image import decode_image, to_canvas, to_original
+from model.formats.claim import claim_of
+from model.image import decode_soon, to_canvas, to_original
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
 from service.core.choice import Decode, End, Run, Work
 from service.core.decoders import Decoders
 from service.core.job import Detected, Finish, Job, Options, Part, Stopwatch
 from service.core.line import Line, QueueFull
-from service.core.memory import decode_bytes, decode_bytes_allowed
+from service.core.memory import decode_bytes_allowed
 from service.core.store import LoadedModel, ModelStore, NotReady
 from service.metrics import Metrics
 
@@ -87,13 +87,12 @@ class Engine:
         DeadlineExceeded or NotReady; cancel jobs that nobody waits for.
         """
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + timeout_seconds
-        jobs = [
-            Job(
-                data, model, options, deadline, watch.copy(), finish, draws, loop.create_future(),
-                decode_bytes=decode_bytes(data, self._max_image_pixels),
-            )
-            for data in images
-        ]  # fmt: skip
+        most, jobs = self._max_image_pixels, []
+        for data in images:
+            claim, future = claim_of(data), loop.create_future()
+            job = Job(data, model, options, deadline, watch.copy(), finish, draws, future)
+            job.max_pixels, job.decode_bytes = claim.pixels_allowed(most), claim.decode_bytes(most)
+            jobs.append(job)
         self.line.admit(jobs, timeout_seconds)
         return jobs
 
@@ -129,10 +128,10 @@ class Engine:
 
     def _canvas(self, job: Job) -> CanvasImage:
         """Decode here what is sure to end soon, and all else in a child process."""
-        resize, data = job.model.detector.metadata.resize, bytes(job.data)
-        if not decodes_soon(data):
+        resize = job.model.detector.metadata.resize
+        image = decode_soon(job.data, max_pixels=job.max_pixels)
+        if image is None:
             return self.decoders.canvas(job, resize)
-        image = decode_image(data, max_pixels=self._max_image_pixels)
         job.watch.lap("decode")
         canvas = to_canvas(image, resize)
         job.watch.lap("preprocess")

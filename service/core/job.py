@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from model.image import MAX_PIXELS
 from model.types import Candidates, CanvasImage, Detections
 from service.core.store import LoadedModel
 
@@ -111,8 +112,10 @@ class Job:
     """Its answer takes as long as a decode: it is made where pictures are decoded, and its place lasts until then."""
     future: "asyncio.Future[Any]"
     num_canvases: int = 1
+    max_pixels: int = MAX_PIXELS
+    """The most that its reader may decode: what its file claims, if that is allowed."""
     decode_bytes: int = 0
-    """The most memory that decoding or drawing it takes."""
+    """The most memory that decoding or drawing so many takes."""
 
     state: State = State.ENCODED
     turn: int = 0

@@ -1,24 +1,11 @@
-"""How much memory decoding may take, and how much one picture's does."""
+"""How much memory decoding may take."""
 
 import os
 from pathlib import Path
 
-from model.formats.size import claimed_pixels
-
-BYTES_PER_PIXEL = 18
-"""The most that a decoder takes, its child's resize included: of 50 million pixels 842 MiB for WebP, the dearest."""
-JPEG_BYTES_PER_PIXEL = 8
 BYTES_PER_DECODER = 450 * 2**20
 SHARE_OF_LIMIT = 0.4
 """Of the memory that this process may have; the rest is for the model, uploads and answers."""
-
-
-def decode_bytes(data: bytes | bytearray, max_pixels: int) -> int:
-    """The most memory that decoding this picture takes, by the size that it claims."""
-    pixels = claimed_pixels(data)
-    is_jpeg = data.startswith(b"\xff\xd8")
-    per_pixel = JPEG_BYTES_PER_PIXEL if is_jpeg else BYTES_PER_PIXEL
-    return per_pixel * (max_pixels if pixels is None else min(pixels, max_pixels))
 
 
 def decode_bytes_allowed(decode_threads: int) -> int:

@@ -4,17 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from service.core.memory import BYTES_PER_DECODER, decode_bytes, memory_limit
-from tests.support.serving import picture
+from service.core.memory import BYTES_PER_DECODER, memory_limit
 
 GIB = 2**30
-
-
-def test_a_picture_takes_what_its_claimed_size_takes_and_an_unknown_one_the_most() -> None:
-    assert decode_bytes(picture(100, 50), 10**6) == 18 * 5000
-    assert decode_bytes(picture(100, 50, kind="JPEG"), 10**6) == 8 * 5000
-    assert decode_bytes(b"who knows", 10**6) == 18 * 10**6
-    assert decode_bytes(picture(100, 50), 1000) == 18 * 1000, "more is refused"
 
 
 @pytest.mark.parametrize(
