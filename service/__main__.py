@@ -214,8 +214,10 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; of `::` for both families. OSError: the address is not one of this machine, or in use."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((host, port), family=family, backlog=2048)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
 
 
 def failed(reason: str, settings: Settings) -> int:

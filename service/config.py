@@ -60,7 +60,7 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9._-]{1,128}$",
         description="the model's name in answers, metrics and /v2 [the model file's]",
     )
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, :: for IPv6 too")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: Device = Field("auto", description="auto uses CUDA where it works and says so; cuda fails without it")
     threads: int | None = Field(None, ge=1, description="CPU threads of one inference [the cores available]")
@@ -119,6 +119,11 @@ class Settings(BaseSettings):
     )
     cors_origins: Annotated[tuple[str, ...], CommaSeparated] = Field(
         (), description="web origins that may call it [none]"
+    )
+    root_path: str | None = Field(
+        None,
+        pattern=r"^(/[A-Za-z0-9._~-]+)+$",
+        description="the path below which a proxy shows the service, such as /detector; for the OpenAPI document",
     )
     docs: bool = Field(True, description="serve /docs and /openapi.json: true or false")
     log_format: Literal["auto", "json", "text"] = Field(

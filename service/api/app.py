@@ -24,6 +24,7 @@ from service.api.huggingface import HuggingFace
 from service.api.keys import ApiKeys
 from service.api.middleware import (
     DETECTION_PATHS,
+    BelowPrefix,
     FileProblems,
     Linger,
     Observe,
@@ -32,7 +33,7 @@ from service.api.middleware import (
     context_of,
     problem_response,
 )
-from service.api.openapi import EVERYWHERE, add_detection, problems
+from service.api.openapi import EVERYWHERE, add_detection, docs_page, problems
 from service.api.parameters import thresholds
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
@@ -49,7 +50,7 @@ def create_app(service: Service) -> ASGIApp:
     InvalidKeys: the file of API keys is not good.
     """
     documented, detection = service.settings.docs, Detection(service)
-    make_app = partial(FastAPIOffline, docs_url="/docs") if documented else partial(FastAPI, openapi_url=None)
+    make_app = partial(FastAPIOffline, docs_url=None) if documented else partial(FastAPI, openapi_url=None)
     api = make_app(
         title="retinaserve",
         version=program_version(),
@@ -57,12 +58,15 @@ def create_app(service: Service) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
         routes=[*detection.routes, *HuggingFace(detection, service.settings.max_image_bytes).routes],
+        servers=[{"url": service.settings.root_path}] if service.settings.root_path else None,
     )
     _add_operations(api, service)
     _add_errors(api)
     if documented:
+        api.get("/docs", include_in_schema=False)(docs_page)
         add_detection(api.openapi())
     routes = [route for route in api.routes if isinstance(route, Route)]
+    _answer_head(routes)
     _make_series(service.metrics.http, routes)
     app: ASGIApp = api
     for layer, args, kwargs in reversed(_layers(service, {route.path for route in routes})):
@@ -77,11 +81,12 @@ def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],  # such as traceparent; a header harms nobody
         expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
     )
     return [
+        *([Middleware(BelowPrefix, prefix=settings.root_path, paths=paths)] if settings.root_path else []),
         Middleware(Observe, metrics=service.metrics, paths=paths, is_draining=lambda: service.draining),
         Middleware(Linger, seconds=settings.upload_timeout_seconds),
         *([cross_origin] if settings.cors_origins else []),
@@ -89,6 +94,13 @@ def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
         Middleware(Shed, refusal=service.refusal),
         Middleware(FileProblems),
     ]
+
+
+def _answer_head(routes: list[Route]) -> None:
+    """HEAD where GET is, as RFC 9110 asks for; FastAPI does not. After its document is made, which has GET alone."""
+    for route in routes:
+        if route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
 
 
 def _add_operations(api: FastAPI, service: Service) -> None:
@@ -102,12 +114,10 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         loaded = service.store.serving()
         return model_card(loaded, thresholds(service.settings, loaded.detector.metadata))
 
-    @api.head("/healthz", include_in_schema=False)
     @api.get("/healthz", summary="Alive?", responses=problems("not_ready", *EVERYWHERE))
     async def healthz() -> Status:
         return _status("alive", service.why_not_alive())
 
-    @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", summary="Able to serve?", responses=problems("not_ready", *EVERYWHERE))
     async def readyz() -> Status:
         return _status("ready", service.why_not_ready())

@@ -1,7 +1,8 @@
 """What surrounds every request, as plain ASGI (the function kind of middleware hides disconnects).
 
-Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was read still reaches its
-client. RequireKey: API keys. Shed: refusals at the door. FileProblems: a bad Range of the docs' files.
+BelowPrefix: --root-path. Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was
+read still reaches its client. RequireKey: API keys. Shed: refusals at the door. FileProblems: a bad Range of the docs'
+files.
 """
 
 import asyncio
@@ -48,6 +49,21 @@ class RequestContext:
 def context_of(scope: Scope) -> RequestContext:
     context: RequestContext = scope["state"]["context"]
     return context
+
+
+class BelowPrefix:
+    """Takes a prefix off the path, for a proxy that passes it on; most take it off themselves."""
+
+    def __init__(self, app: ASGIApp, *, prefix: str, paths: Collection[str]) -> None:
+        self._app = app
+        self._prefix = prefix
+        self._paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.startswith(self._prefix + "/") and path not in self._paths:  # a prefix may be called /detect
+            scope = {**scope, "path": path.removeprefix(self._prefix)}
+        await self._app(scope, receive, send)
 
 
 class Observe:

@@ -1,8 +1,12 @@
-"""What the OpenAPI document says beyond FastAPI's types: the routes that detect, and every problem, with examples."""
+"""What the OpenAPI document says beyond FastAPI's types: the routes that detect, and every problem, with examples; and
+the page that shows it.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
 from pydantic.json_schema import models_json_schema
 
 from service.api.errors import PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
@@ -56,6 +60,18 @@ def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
         answer["description"] = "; ".join(filter(None, [answer["description"], f"{kind.title} (`{code}`)"]))
         answer["content"][PROBLEM_MEDIA_TYPE]["examples"][code] = example
     return answers
+
+
+async def docs_page() -> HTMLResponse:
+    """Swagger UI, by links that hold below any prefix; its files are fastapi_offline's."""
+    files = "static-offline-docs"
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="retinaserve",
+        swagger_js_url=f"{files}/swagger-ui-bundle.js",
+        swagger_css_url=f"{files}/swagger-ui.css",
+        swagger_favicon_url=f"{files}/favicon.png",
+    )
 
 
 def add_detection(document: dict[str, Any]) -> None:

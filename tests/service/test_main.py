@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.__main__ import serve
+from service.__main__ import listen, serve
 from service.config import Settings
 from tests.support.faulty_models import write_slow_model
 from tests.support.load import connected, listens, request_head
@@ -111,6 +111,13 @@ def test_each_request_is_one_json_line_and_the_first_line_has_the_settings(tmp_p
     assert (bad["outcome"], bad["status"]) == ("invalid", 422)
     assert start["settings"]["queue_capacity"] == 32  # type: ignore[index]
     assert "geheim" not in server.log_path.read_text()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_the_host_of_all_ipv6_addresses_takes_ipv4_too() -> None:
+    with listen("::", 0) as listening:
+        for host in ("::1", "127.0.0.1"):
+            socket.create_connection((host, listening.getsockname()[1]), timeout=5).close()
 
 
 def test_while_the_model_loads_it_is_alive_but_not_ready_and_can_be_stopped(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The routes beside those that detect."""
 
+import pytest
+
 from service.api.schemas import ModelCard
 from tests.support.serving import FakeDetector, Serving, assert_problem, detect, serving
 
@@ -28,6 +30,13 @@ def test_the_name_that_is_set_is_the_models_everywhere() -> None:
         assert 'name="detector-7"' in text and 'name="fake"' not in text
 
 
-def test_probes_answer_get_and_head(server: Serving) -> None:
-    for path in ("/healthz", "/readyz"):
-        assert server.client.get(path).status_code == server.client.head(path).status_code == 200
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/model", "/metrics", "/docs", "/openapi.json"])
+def test_head_is_answered_where_get_is(server: Serving, path: str) -> None:
+    get, head = server.client.get(path), server.client.head(path)
+    assert (get.status_code, head.status_code) == (200, 200)
+    assert head.content == b"" and get.content
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_head_is_no_way_to_detect(server: Serving) -> None:
+    assert server.client.head("/detect").status_code == 405

@@ -29,5 +29,10 @@ def test_cors_is_off_unless_an_origin_is_set() -> None:
     with serving(FakeDetector(), cors_origins="https://a.example", api_keys="k") as server:
         response = server.client.options("/detect", headers=preflight)
         assert response.headers["access-control-allow-origin"] == "https://a.example"
+        asked = preflight | {"Access-Control-Request-Headers": "traceparent,x-api-key"}
+        response = server.client.options("/detect", headers=asked)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-headers"] == "traceparent,x-api-key"
+        assert server.client.options("/detect", headers=preflight | {"Origin": "https://b.example"}).status_code == 400
     with serving(FakeDetector()) as server:
         assert "access-control-allow-origin" not in server.client.options("/detect", headers=preflight).headers
