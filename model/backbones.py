@@ -37,7 +37,7 @@ MOBILENETS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v3_large": models.mobilenet_v3_large,
 }
 NARROW_RESNETS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
-"""Those of basic blocks, which can be narrowed, with the number of blocks in each stage."""
+"""ResNets of basic blocks, which can be narrowed: blocks in each stage."""
 BACKBONES = (*RESNETS, *MOBILENETS)
 STAGE_LEVELS = range(2, 6)
 """C2 to C5: the map of level n has cells 2**n pixels apart."""
@@ -122,7 +122,7 @@ class NormedConv2d(nn.Conv2d):
         return normed
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Of the plain convolution that does the same."""
+        """Return those of the plain convolution that does the same."""
         scale, shift = self._norm[0].affine()
         weight: Tensor = self.weight * scale.view(-1, 1, 1, 1)
         return weight, shift

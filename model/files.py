@@ -30,7 +30,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def stamp_of(file: Path) -> Stamp:
-    """What tells one version of the file from the next, its rights too; None while there is none to be seen."""
+    """Tell one version of the file from the next, by its rights too; None while there is none to be seen."""
     try:
         status = file.stat()
     except OSError:

@@ -15,7 +15,7 @@ from model.retinanet import HeadLayer
 
 
 class LevelConvs(nn.Sequential):
-    """What a HeadLayer with batch norms answers, by a convolution for each level and a ReLU."""
+    """A HeadLayer with batch norms as a convolution for each level and a ReLU: the same answers."""
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         convs, relu = self

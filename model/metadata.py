@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: everything that evaluation and service must know beside the weights.
+"""The metadata of an ONNX file: everything that evaluation and service must know beside the weights.
 
 `ModelMetadata` becomes the file's `metadata_props` (string to string, JSON where a value is not a plain string) and
 back. A file that lacks any of it (but LATER_FIELDS), or is of another format version, is refused with `InvalidModel`.
@@ -29,7 +29,7 @@ MAX_DETECTIONS = 300
 MAX_CANVAS_PIXELS = 4096 * 4096
 MAX_LABELS = 20_000
 MAX_NAME_CHARACTERS = 200
-"""Of the model's name, and of each label."""
+"""Longest name of a model, and of each label."""
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 MAX_PROPS_CHARACTERS = 4 * 1024 * 1024
 """All metadata together."""
@@ -47,7 +47,7 @@ class Label:
 
 @dataclass(frozen=True)
 class ResizePolicy:
-    """How an image becomes the network's input: scaled so that its shorter side is `shorter_side`, unless that makes
+    """The way of an image to the network's input: scaled so that its shorter side is `shorter_side`, unless that makes
     its longer side exceed `longest_side`; then padded at the bottom and right to multiples of `divisor`. Pixels."""
 
     shorter_side: int = 800
@@ -113,13 +113,13 @@ class ModelMetadata:
     nms_threshold: float = NMS_THRESHOLD
     max_detections: int = MAX_DETECTIONS
     data_set: str = ""
-    """Where the weights come from: "shapes (training demo --seed 0)", "COCO train2017"."""
+    """The weights' origin: "shapes (training demo --seed 0)", "COCO train2017"."""
     ap: float | None = None
     """COCO AP@[.50:.95] of the checkpoint on the data set's validation split, 0 to 1; None if not known."""
     training: Mapping[str, str] = field(default_factory=dict)
-    """How it was made, for people: command, seed, steps, seconds, commit."""
+    """The making of the file, for people: command, seed, steps, seconds, commit."""
     anchors: AnchorConfig | None = None
-    """What the boxes were decoded from, for people: the graph holds its own. None: the file is older than this."""
+    """The anchors of the boxes, for people: the graph holds its own. None: the file is older than this."""
 
     def __post_init__(self) -> None:
         ids = [label.class_id for label in self.labels]

@@ -1,4 +1,4 @@
-"""Why ONNX Runtime does not load a file, in words that say what to do: its own message is the same for all but few."""
+"""Reasons why ONNX Runtime does not load a file, in words that say what to do; its own are nearly always the same."""
 
 import re
 

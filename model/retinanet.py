@@ -26,7 +26,7 @@ from model.backbones import STAGE_LEVELS, Backbone, NormKind, build_backbone
 from model.pyramid import FeaturePyramid, zero_bias
 
 GROUPS = 32
-"""Of GroupNorm in the heads, as torchvision's v2 has it; fewer where the head is narrower than 256."""
+"""Groups of GroupNorm in the heads, as torchvision's v2 has it; fewer where the head is narrower than 256."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class RetinaNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The type that the network computes in."""
         return self.head.regression_head.bbox_reg.weight.dtype
 
     def flatten(self, outputs: LevelOutputs) -> Predictions:

@@ -57,7 +57,7 @@ def suppress(
 
 
 def _per_class_nms(candidates: Candidates, indices: NDArray[np.intp], threshold: float, limit: int) -> NDArray[np.intp]:
-    """Those of `indices`, which come best first, that survive, in their order. `limit` caps each class: what comes
+    """Keep those of `indices`, which come best first, that survive, in their order. `limit` caps each class: what comes
     after in a class comes after the best `limit` of all, too."""
     if not len(indices):
         return indices

@@ -23,7 +23,7 @@ from model.types import Candidates, CanvasImage, Detections, Pixels
 
 MIN_TILE, MAX_TILE, MAX_OVERLAP = 64, 4096, 0.9
 OVERLAP = 0.2
-"""Where a request names a tile and no overlap."""
+"""The overlap of a request that names a tile alone."""
 TOUCHES_PX = 1
 """Canvas pixels from a window's edge within which a box counts as cut by it."""
 COVERED = 0.8
@@ -50,7 +50,7 @@ class Tiling:
 
     @classmethod
     def asked_for(cls, tile: int | None, overlap: float | None) -> Self | None:
-        """What these two options mean. ValueError: an overlap without tiles, or no such tiles."""
+        """Read these two options. ValueError: an overlap without tiles, or no such tiles."""
         if tile is None:
             if overlap is not None:
                 raise ValueError("an overlap needs a tile")
@@ -93,7 +93,7 @@ def windows(height: int, width: int, tiling: Tiling) -> list[Window]:
 
 
 def num_windows(height: int, width: int, tiling: Tiling) -> int:
-    """How many `windows` has, without making them."""
+    """Count what `windows` has, without making it."""
     if max(height, width) <= tiling.size:
         return 0
     return _num_starts(height, tiling) * _num_starts(width, tiling)
@@ -122,7 +122,7 @@ def _starts(side: int, tiling: Tiling) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What one window shows, after threshold and NMS; boxes in pixels of the whole picture."""
+    """The objects that one window shows, after threshold and NMS; boxes in pixels of the whole picture."""
 
     detections: Detections
     edges: NDArray[np.float32]
@@ -158,7 +158,7 @@ def _cutting_edges(
 
 
 def together(found: Sequence[Found]) -> Found:
-    """What several windows show, the best `MAX_MERGED` of it, best score first."""
+    """Join what several windows show: the best `MAX_MERGED` of it, best score first."""
     scores = np.concatenate([each.detections.scores for each in found])
     best = np.argsort(-scores, kind="stable")[:MAX_MERGED]
     boxes = np.concatenate([each.detections.boxes for each in found])[best]

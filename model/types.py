@@ -41,7 +41,7 @@ class CanvasImage:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What the network says of one image, before threshold and NMS. Canvas pixels."""
+    """The network's answer for one image, before threshold and NMS. Canvas pixels."""
 
     boxes: NDArray[np.float32]
     """[candidates, 4] xyxy, clipped to the valid part of the canvas."""

@@ -1,4 +1,4 @@
-"""What is checked of an .onnx file before anything interprets it: its hash, and that no node holds a graph of its own.
+"""Checks of an .onnx file before anything interprets it: its hash, and that no node holds a graph of its own.
 
 A model is a program. Loops and branches (Loop, If, Scan, SequenceMap: nodes with a graph as an attribute) can make one
 that never ends; a detector has none, so a file that has one is refused. This reads the file's protobuf as far as that
@@ -13,7 +13,7 @@ from model.metadata import InvalidModel
 from model.not_onnx import what_is_wrong
 
 GRAPH, FUNCTIONS = 7, 25
-"""Of ModelProto."""
+"""Field numbers of ModelProto."""
 GRAPH_NODE, FUNCTION_NODE = 1, 7
 NODE_OPERATOR, NODE_ATTRIBUTE = 4, 5
 ATTRIBUTE_GRAPHS = (6, 11)

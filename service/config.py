@@ -26,7 +26,7 @@ PROGRAM = "python -m service"
 SERVICE_LINK = re.compile(
     rf"{ENV_PREFIX}(PORT=(tcp|udp|sctp)://.*|SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)"
 )
-"""What Kubernetes puts into every pod beside a Service called retinaserve, in Docker's form of 2013: no settings."""
+"""Variables that Kubernetes puts into every pod beside a Service called retinaserve: no settings."""
 
 MIB = 1024 * 1024
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,7 +37,7 @@ ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 SHOWN_FILES = 3
 MAX_BATCH_IMAGES = 16
-"""Of one request."""
+"""Images of one request."""
 DetectionCount = Annotated[int, Field(ge=1, le=5000)]
 OPTION_TEXTS = {
     "score_threshold": "keep detections that score above it",
@@ -135,7 +135,7 @@ class Settings(BaseSettings):
 
     @property
     def model_file(self) -> Path:
-        """What `model` says, or the demo model's best file for this machine."""
+        """The file that `model` names, or the demo model's best one for this machine."""
         return self.model or demo_model(self.device)
 
     @field_validator("model")

@@ -34,9 +34,9 @@ JPEG_SUFFIXES = (".jpg", ".jpeg")
 MAX_BYTES_PER_PIXEL = 8
 """16 bits of red, green, blue and alpha; no format needs more."""
 MAX_OTHER_BYTES = 64 * 2**20
-"""What a file may hold besides its pixels."""
+"""Bytes of a file besides its pixels."""
 FORESEEN = (InvalidImage, InferenceFailed, SideTooLong, OSError)
-"""Why a file cannot be read or drawn; anything else is a bug, and its kind is named."""
+"""Reasons why a file cannot be read or drawn; anything else is a bug, and its kind is named."""
 SETTINGS = (
     "model", "device", "threads", "gpu_memory_limit_bytes", "score_threshold", "nms_threshold", "max_detections",
     "max_image_pixels",
@@ -117,7 +117,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collect
 
 
 def _other_kind(file: Path) -> str | None:
-    """What a file is that neither ends nor begins like an image; None: it does."""
+    """Name a file that neither ends nor begins like an image; None: it does."""
     if file.suffix.lower() in SUFFIXES:
         return None
     try:
@@ -186,7 +186,7 @@ def image_id_of(path: Path) -> int | str:
 
 
 def drawing_of(path: Path) -> Path:
-    """Where a picture of this name is drawn to: a JPEG's name is kept, others get .png added."""
+    """Choose where a picture of this name is drawn to: a JPEG's name is kept, others get .png added."""
     return path if path.suffix.lower() in JPEG_SUFFIXES else path.with_name(path.name + ".png")
 
 

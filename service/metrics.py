@@ -45,7 +45,7 @@ DETECTIONS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class HttpMetrics:
-    """Of every request, whatever its route."""
+    """Metrics of every request, whatever its route."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ["method", "route"]
@@ -83,7 +83,7 @@ class HttpMetrics:
 
 
 class DecoderMetrics:
-    """Of the child processes that decode and draw."""
+    """Metrics of the child processes that decode and draw."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.processes = Gauge("decoder_processes", "Decoders alive.", namespace=NAMESPACE, registry=registry)

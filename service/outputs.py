@@ -1,4 +1,4 @@
-"""What a command may write: no output of it replaces anything that it reads, and nothing that is no regular file."""
+"""Rules for what a command writes: it replaces nothing that it reads, and nothing that is no regular file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +19,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells one file from another, whatever its names; None: there is no such file."""
+    """Tell one file from another, whatever its names; None: there is no such file."""
     try:
         status = path.stat()
     except OSError:

@@ -43,9 +43,9 @@ class Checkpoint:
     ap: float | None = None
     data_set: str = ""
     training: Mapping[str, str] | None = None
-    """How it was made, for people: command, seconds, commit."""
+    """The making of it, for people: command, seconds, commit."""
     resume: Mapping[str, Any] | None = None
-    """What going on needs besides: the optimiser's state, among others."""
+    """The rest that going on needs: the optimiser's state, among others."""
 
     @property
     def best_weights(self) -> Mapping[str, Tensor]:

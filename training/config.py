@@ -1,4 +1,4 @@
-"""What a training run is made of: frozen values with their help texts, the command-line flags made from them, and their
+"""A training run's configuration: frozen values with their help texts, the command-line flags made from them, and their
 way into a checkpoint and back.
 
 Every value can be overridden by the flag of the same name. An unknown key is an error, on the command line and in a
@@ -87,7 +87,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """What is made of the candidates, unless a request says otherwise; an exported file carries it."""
+    """The way from candidates to detections, unless a request says otherwise; an exported file carries it."""
 
     score_threshold: Annotated[float, "a detection scores more than this"] = SCORE_THRESHOLD
     nms_threshold: Annotated[float, "largest IoU of two detections of one label"] = NMS_THRESHOLD

@@ -1,4 +1,4 @@
-"""Which samples make which step, and their loading by worker processes.
+"""The samples of each step, and their loading by worker processes.
 
 The order of pictures and the randomness of a sample depend only on (seed, epoch, index): a run that was stopped and
 resumed sees the same samples as one that was not, with any number of workers; and the ranks of a run share those that
@@ -84,7 +84,7 @@ def schedule(
 
 
 def sampling_seed(seed: int, step: int) -> int:
-    """Of the anchors that are drawn in a step, where the losses draw some."""
+    """Derive the seed of the anchors that are drawn in a step, where the losses draw some."""
     return int(np.random.default_rng([ANCHORS, seed, step]).integers(2**63))
 
 

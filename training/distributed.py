@@ -35,7 +35,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    """Where the collectives take their tensors."""
+    """The device whose tensors the collectives take."""
 
     @property
     def is_first(self) -> bool:
@@ -61,7 +61,7 @@ class Ranks:
         return height, width
 
     def any(self, value: bool) -> bool:
-        """Whether it is so on one of the ranks. All wait for one another."""
+        """Tell whether it is so on one of the ranks. All wait for one another."""
         return bool(self.sum(torch.tensor(int(value), device=self.device)))
 
     def gather(self, items: Sequence[Item]) -> list[Item]:

@@ -73,7 +73,7 @@ def scaled(resize: ResizePolicy, shorter_side: int) -> ResizePolicy:
 
 
 def merged(candidates: Sequence[Candidates], canvases: Sequence[CanvasImage]) -> Candidates:
-    """Those of one picture's canvases together, in the pixels of the first."""
+    """Join those of one picture's canvases, in the pixels of the first."""
     height, width = canvases[0].size
     boxes = []
     for found, canvas in zip(candidates, canvases, strict=True):

@@ -1,4 +1,4 @@
-"""Which anchor is responsible for which object.
+"""The anchors' assignment to objects.
 
 An anchor belongs to the object that it overlaps most: positive from `fg_iou_threshold` on, background below
 `bg_iou_threshold`, ignored between. Each object also keeps the anchors that overlap it best, however little, so

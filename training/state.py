@@ -1,4 +1,4 @@
-"""What a run changes from step to step, and its way into a checkpoint and back."""
+"""A run's state, which changes from step to step, and its way into a checkpoint and back."""
 
 import copy
 import logging
@@ -39,7 +39,7 @@ class TrainState:
     evaluated: int = 0
     """The step of the last evaluation."""
     report: ApReport | None = None
-    """Of the last evaluation of this process."""
+    """Report of the last evaluation of this process."""
     best: tuple[int, float] = (0, -1.0)
     """Pictures and AP of the best evaluation: more pictures win over fewer, then the higher AP."""
     mean_positives: float = 100.0
@@ -47,11 +47,11 @@ class TrainState:
 
     @property
     def best_network(self) -> RetinaNet:
-        """What evaluation and export take."""
+        """The network that evaluation and export take."""
         return self.averaged or self.network
 
     def is_best(self, report: ApReport) -> bool:
-        """Where validation has no objects there is no AP, and the last weights are the best."""
+        """Compare with the best so far. Where validation has no objects, the last weights are."""
         return math.isnan(report.ap) or (report.num_images, report.ap) >= self.best
 
     @property
@@ -83,7 +83,7 @@ class TrainState:
             update_average(self.averaged, self.network, ema_decay, self.step)
 
     def is_finite(self) -> bool:
-        """Whether all weights and statistics are numbers."""
+        """Tell whether all weights and statistics are finite."""
         return all(bool(value.isfinite().all()) for value in self.network.state_dict().values())
 
 

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: SIGTERM, and losses that lead nowhere."""
+"""Ends of a run before its last step: SIGTERM, and losses that lead nowhere."""
 
 import math
 import signal
@@ -31,7 +31,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class StopRequest:
-    """Whether SIGTERM came. For the main thread."""
+    """A flag that says whether SIGTERM came. For the main thread."""
 
     def __init__(self) -> None:
         self.came = False

@@ -146,7 +146,7 @@ class TrainingForward(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What surrounds the steps of a run: its checkpoints and validations."""
+    """Everything around the steps of a run: its checkpoints and validations."""
 
     config: TrainConfig
     training_set: CocoDataSet

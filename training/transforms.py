@@ -30,7 +30,7 @@ class Sample:
     pixels: Pixels
     target: Target
     unreadable: tuple[str, ...] = ()
-    """What was wrong with the pictures that this one stands in for."""
+    """The faults of the pictures that this one stands in for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Batch:
     """int64 [N, 2] (height, width) of each image in it."""
     targets: list["TensorTarget"]
     unreadable: tuple[str, ...] = ()
-    """What was wrong with the pictures in whose place others are here."""
+    """The faults of the pictures in whose place others are here."""
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -61,7 +61,7 @@ class Batch:
         return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
 
     def parts(self, count: int) -> list[slice]:
-        """Which images make which of `count` even parts. ValueError: there are fewer images than parts."""
+        """Share the images out into `count` even parts. ValueError: there are fewer images than parts."""
         if len(self.targets) < count:
             raise ValueError(f"{len(self.targets)} images cannot be computed in {count} parts")
         return [slice(*edges) for edges in pairwise(len(self.targets) * part // count for part in range(count + 1))]

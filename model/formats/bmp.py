@@ -14,7 +14,7 @@ from model.types import Pixels
 
 RGB, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS = 0, 1, 2, 3, 6
 MASKS = {16: (0x7C00, 0x3E0, 0x1F), 24: (0xFF0000, 0xFF00, 0xFF), 32: (0xFF0000, 0xFF00, 0xFF)}
-"""Of red, green and blue, where the file names none."""
+"""Bits of red, green and blue, where the file names none."""
 
 
 @dataclass(frozen=True)

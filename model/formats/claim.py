@@ -1,4 +1,4 @@
-"""What an encoded picture claims, read once off its beginning in a bounded walk: its size, and what decoding may cost.
+"""The claim of an encoded picture, read once off its beginning in a bounded walk: its size, and the cost of decoding.
 
 Only the reader knows the truth. Whoever plans by a claim gives `pixels_allowed` to the reader as the most that it may
 decode, so that the size which was planned is the size which is decoded.
@@ -18,9 +18,9 @@ from model.formats.tiff_tags import HEIGHT, SUB_DIRECTORIES, WIDTH, File
 BYTES_PER_PIXEL = 18
 """The most memory that a decoder takes, its resize included: of 50 million pixels 842 MiB for WebP, the dearest."""
 SEQUENTIAL_JPEG_BYTES_PER_PIXEL = 8
-"""Of grey or colour: nothing but its pixels and what they become are held."""
+"""Memory of a JPEG of grey or colour: nothing but its pixels and what they become are held."""
 MAX_STEPS = 10_000
-"""Of a walk over a GIF's blocks, which are of 255 bytes at most."""
+"""Steps of a walk over a GIF's blocks, which are of 255 bytes at most."""
 GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
 CMYK = 4
 """Components."""
@@ -35,7 +35,7 @@ class Claim:
     size: tuple[int, int] | None = None
     """Height and width as stored; None: the beginning does not say, or says nothing that makes sense."""
     pixels: int | None = None
-    """What its decoding works on: height × width, and for a TIFF at least what its blocks take. None: not said."""
+    """The pixels that decoding works on: height × width, and for a TIFF at least what blocks take. None: not said."""
     bytes_per_pixel: int = BYTES_PER_PIXEL
 
     def pixels_allowed(self, max_pixels: int) -> int:
@@ -127,7 +127,7 @@ def _avif(data: bytes | bytearray) -> tuple[int, int] | None:
 
 
 def _tiff(data: bytes | bytearray) -> Claim:
-    """Of a file with one directory: of several the reader chooses."""
+    """Read the size of a file with one directory; of several the reader chooses."""
     file = File.of(data)
     directory, following = file.directory(file.first())
     if following or SUB_DIRECTORIES in directory.tags:

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: for errors that say what came, and to tell pictures from other files."""
+"""Names of files by their first bytes: for errors that say what came, and to tell pictures from other files."""
 
 from collections.abc import Callable
 
@@ -111,7 +111,7 @@ def _by_container(head: bytes) -> str | None:
 
 
 def _tiff(head: bytes) -> str:
-    """Of raw files some hide what they are behind a TIFF's tags; these say it first."""
+    """Name a TIFF; some raw files hide behind a TIFF's tags, and these say first what they are."""
     raw = {b"CR": "a Canon raw file (CR2)", b"II": "a Phase One raw file (IIQ)", b"MM": "a Phase One raw file (IIQ)"}
     return raw.get(head[8:10], "TIFF")
 

@@ -44,7 +44,7 @@ TiffImagePlugin.READ_LIBTIFF = True
 
 MAX_SAMPLES = 16
 MAX_PIXEL_BYTES = 8
-"""Of the largest picture in a single strip: 16-bit RGB with alpha. A strip is decompressed as a whole."""
+"""Bytes a pixel of the largest picture in a single strip: 16-bit RGB with alpha. A strip is decompressed as a whole."""
 CHUNK_SAMPLES = 1 << 22
 """So many samples become RGB at once."""
 
@@ -96,15 +96,15 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
 
 @dataclass(frozen=True)
 class Work:
-    """What decoding takes besides the picture's own pixels."""
+    """The memory of decoding besides the picture's own pixels."""
 
     tile_pixels: int
     bytes_at_once: int
-    """Of a row of strips or tiles."""
+    """Bytes of a row of strips or tiles."""
 
     @property
     def pixels(self) -> int:
-        """Of the smallest picture that may take so much."""
+        """Pixels of the smallest picture that may take so much."""
         return max(-(-self.tile_pixels // MAX_TILE_PIXELS), -(-self.bytes_at_once // MAX_PIXEL_BYTES))
 
 
@@ -167,7 +167,7 @@ def _read_samples(file: File, directory: Directory, grid: Grid, layout: Layout) 
 
 
 def _read_with_pillow(data: bytes) -> Pixels:
-    """What only libtiff reads as pixels. It knows these kinds by 1 or 8 bits."""
+    """Read what only libtiff turns into pixels. It knows these kinds by 1 or 8 bits."""
     with _StoredTiff(io.BytesIO(data)) as image:
         return rgb_of(image)
 

@@ -1,4 +1,4 @@
-"""What a TIFF's samples mean: bytes as they lie in strips or tiles → samples → RGB."""
+"""The meaning of a TIFF's samples: bytes as they lie in strips or tiles → samples → RGB."""
 
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ Samples = NDArray[np.unsignedinteger]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the samples lie, by the file's tags."""
+    """The samples' layout, by the file's tags."""
 
     bits: int
-    """Of each sample, 1 to 16."""
+    """Bits of each sample, 1 to 16."""
     samples: int
     photometric: int
     separate: bool
     """Each sample has a plane of its own."""
     order: str
-    """Of the bytes of 16-bit samples, "<" or ">"."""
+    """Byte order of 16-bit samples, "<" or ">"."""
     differences: int
     """Predictor: 2 if samples are differences from the pixel to their left."""
     extra: tuple[int, ...]
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def alpha(self) -> int | None:
-        """Which sample is the alpha that the colours were multiplied by."""
+        """The sample that is the alpha which the colours were multiplied by."""
         if PREMULTIPLIED not in self.extra or self.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             return None
         sample = self.colours + self.extra.index(PREMULTIPLIED)

@@ -11,9 +11,9 @@ from model.formats import InvalidImage
 
 MAX_DIRECTORIES = 100
 MAX_TAGS = 1_000
-"""Of one directory; real ones have tens."""
+"""Tags of one directory; real ones have tens."""
 MAX_VALUES = 3 << 16
-"""Of a list; the colours of 16 bits are as many."""
+"""Values of one tag; the colours of 16 bits are as many."""
 
 SUBFILE_TYPE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 254, 256, 257, 258, 259, 262, 266
 OLD_SUBFILE_TYPE, OLD_REDUCED = 255, 2
@@ -30,7 +30,7 @@ VALUES = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
 """Field types of whole numbers without sign."""
 REDUCED, MASK = 1, 4
 RAW_COMPRESSIONS = (262, 32767, 32769, 32770, 34713, 34892, 65000, 65535)
-"""Of Kodak, Sony, Epson, Samsung, Nikon, DNG, Kodak and Pentax."""
+"""Compressions of Kodak, Sony, Epson, Samsung, Nikon, DNG, Kodak and Pentax."""
 CFA, LINEAR_RAW = 32803, 34892
 
 

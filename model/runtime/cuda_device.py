@@ -76,7 +76,7 @@ class ShapeSession:
         return self.state == "opening" or bool(self.idle) or self.in_use > 0
 
     def close(self) -> list[Buffers]:
-        """What is to be dropped, once the lock is free; a lane in use is dropped when its run ends."""
+        """Close it; return what is to be dropped once the lock is free. A lane in use is dropped when its run ends."""
         self.state = "closed"
         dropped, self.idle = self.idle, []
         return dropped

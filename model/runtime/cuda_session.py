@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 HEAVY_OPERATORS = frozenset(
     {"Conv", "FusedConv", "ConvInteger", "QLinearConv", "TopK", "Gather", "GatherElements", "GatherND"}
 )
-"""What must not end up on the CPU when CUDA is asked for. With every shape fixed, no Gather that is left reads a mere
-shape, which ONNX Runtime would rightly do on the CPU."""
+"""Operators that must not end up on the CPU when CUDA is asked for. With every shape fixed, no Gather that is left
+reads a mere shape, which ONNX Runtime would rightly do on the CPU."""
 ELEMENT_TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -49,7 +49,7 @@ class InputShape(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """What only a card decides; the defaults by what an H200 did (docs/benchmarks.md)."""
+    """Options that only a card decides; the defaults by what an H200 did (docs/benchmarks.md)."""
 
     use_tf32: bool = True
     """fp32 convolutions and products by tensor cores, with 10 bits of mantissa."""
@@ -63,7 +63,7 @@ class CudaOptions:
     writes where its recording did, so these sessions share no arena: in a shared one another session's weights might
     have come to lie there."""
     algorithm_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
-    """How cuDNN's plans are chosen; ONNX Runtime's own default tries all of them, for each new shape."""
+    """The choice of cuDNN's plans; ONNX Runtime's own default tries all of them, for each new shape."""
 
 
 class Buffers:
@@ -130,7 +130,7 @@ def _fixed_sizes(node: ort.NodeArg) -> list[int]:
 
 
 def page_locked(memory: Memory) -> ort.OrtMemoryInfo | None:
-    """Where copies to and from the device are fastest, if ONNX Runtime lists a device that offers it."""
+    """Find the memory from which copies to the device are fastest, if ONNX Runtime lists a device that offers it."""
     devices = [device for device in ort.get_ep_devices() if device.ep_name == CUDA] if memory == "cuda" else []
     return devices[0].memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE) if devices else None
 
@@ -174,7 +174,7 @@ def share_arena(limit_bytes: int) -> None:
 
 
 def free_bytes() -> int | None:
-    """What is free on CUDA's device 0, by CUDA itself: NVML counts devices otherwise, and hidden ones too."""
+    """Ask what is free on CUDA's device 0, of CUDA itself: NVML counts devices otherwise, and hidden ones too."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     try:
         library = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.split('.')[0]}")

@@ -75,7 +75,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
-    """What surrounds the routes, outermost first."""
+    """List what surrounds the routes, outermost first."""
     settings = service.settings
     keys = ApiKeys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
     cross_origin = Middleware(

@@ -123,7 +123,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self._in_head and self.cycle is not None and not self.cycle.response_complete
 
     def _end_of_piece(self, data: bytes, position: int) -> int:
-        """Where the parser should stop: before the next request, as far as can be told."""
+        """Find where the parser should stop: before the next request, as far as can be told."""
         limit = position + PIECE_BYTES
         if self._in_head:
             end = data.find(b"\r\n\r\n", position, limit)
@@ -268,7 +268,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _reason(error: httptools.HttpParserError) -> Exception:
-    """What to tell the client: what a callback of ours raised, or that the parser cannot go on."""
+    """Choose what the client is told: what a callback of ours raised, or that the parser cannot go on."""
     cause = error.__context__
     if cause is None or isinstance(cause, httptools.HttpParserError):
         return MalformedRequest(f"this is no HTTP/1.1 request: {cause or error}")

@@ -77,7 +77,7 @@ class Detection:
         draws: bool = False,
         json: JsonImage | None = None,
     ) -> list[Reply | BaseException]:
-        """What became of each image, in order. Raises what befalls the whole request."""
+        """Detect in each image, and return what became of each, in order. Raises what befalls the whole request."""
         service, context = self._service, context_of(request.scope)
         model = service.store.serving()
         query = read_query(request.query_params)

@@ -118,7 +118,7 @@ def problem_of(error: BaseException, request_id: str) -> dict[str, Any]:
 
 
 def headers_of(error: BaseException) -> dict[str, str]:
-    """What the client should know beside the body."""
+    """Choose the headers that tell the client what the body does not."""
     if isinstance(error, Refusal):
         return {"Retry-After": str(error.retry_after_seconds)}
     if isinstance(error, Unauthorized):

@@ -57,7 +57,7 @@ class ApiKeys:
         self._looked = time.monotonic()
 
     def __bool__(self) -> bool:
-        """Whether a request needs one."""
+        """Tell whether a request needs one."""
         return bool(self._fixed or self._path)
 
     def name_of(self, given: str) -> str | None:

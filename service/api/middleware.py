@@ -1,4 +1,4 @@
-"""What surrounds every request, as plain ASGI (the function kind of middleware hides disconnects).
+"""The layers around every request, as plain ASGI (the function kind of middleware hides disconnects).
 
 BelowPrefix: --root-path. Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was
 read still reaches its client. RequireKey: API keys. Shed: refusals at the door. FileProblems: a bad Range of the docs'
@@ -38,7 +38,7 @@ QUIET_PATHS = (*OPEN_PATHS, "/metrics")
 
 @dataclass
 class RequestContext:
-    """What is known of one request, for its answer and its log line."""
+    """The facts of one request, for its answer and its log line."""
 
     request_id: str
     watch: Stopwatch = field(default_factory=Stopwatch)

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond FastAPI's types: the routes that detect, and every problem, with examples; and
+"""The OpenAPI document beyond FastAPI's types: the routes that detect, and every problem, with examples; and
 the page that shows it.
 """
 

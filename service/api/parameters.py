@@ -16,7 +16,7 @@ from service.core.store import LoadedModel
 
 SHOWN_LABELS = 20
 SHOWN_CHARACTERS = 200
-"""Of a value that is not valid."""
+"""Characters of a value that is not valid."""
 
 Value = TypeVar("Value", int, float)
 
@@ -58,7 +58,7 @@ def _checked(values: Mapping[str, Any]) -> DetectQuery:
 
 
 def thresholds(settings: Settings, metadata: ModelMetadata) -> Thresholds:
-    """What holds where the query says nothing: the settings, then the model file."""
+    """Choose what holds where the query says nothing: the settings, then the model file."""
     return Thresholds(
         score_threshold=_first(settings.score_threshold, metadata.score_threshold),
         nms_threshold=_first(settings.nms_threshold, metadata.nms_threshold),

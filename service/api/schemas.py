@@ -1,4 +1,4 @@
-"""What goes over the wire: the JSON of answers, and their OpenAPI models with examples.
+"""The bodies that go over the wire: the JSON of answers, and their OpenAPI models with examples.
 
 Answers with hundreds of boxes are made as plain values and encoded at once; the models describe them (and a test
 holds the two together). Boxes are pixels of the upright original image.

@@ -34,5 +34,5 @@ class Service:
         return self.why_not_alive()
 
     def refusal(self) -> Exception | None:
-        """Why no image can be admitted now."""
+        """Say why no image can be admitted now."""
         return self.engine.refusal(1, self.settings.request_timeout_seconds)

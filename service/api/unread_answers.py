@@ -12,7 +12,7 @@ import termios
 logger = logging.getLogger(__name__)
 
 LOOKS = 4
-"""How often within the timeout the watch looks: it may be late by one of them."""
+"""Looks of the watch within the timeout: it may be late by one of them."""
 
 
 class AnswerWatch:
@@ -55,6 +55,6 @@ class AnswerWatch:
             self._look_later()
 
     def _bytes_in_kernel(self) -> int:
-        """Those that the client has not acknowledged: reading shows there first, in our buffer in large steps."""
+        """Count those that the client has not acknowledged: reading shows there first, in our buffer in large steps."""
         connection = self._transport.get_extra_info("socket").fileno()
         return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)

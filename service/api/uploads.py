@@ -23,7 +23,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 FIELD = "image"
 OVERHEAD_BYTES = 64 * 1024
-"""What a form may add to its images: boundaries and part headers."""
+"""Bytes that a form may add to its images: boundaries and part headers."""
 PLAIN = frozenset({"", "7bit", "8bit", "binary"})
 """Transfer encodings that change nothing."""
 _FILE_NAME = re.compile(rb";\s*filename[*0-9]*\s*=", re.IGNORECASE)

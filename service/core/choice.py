@@ -1,4 +1,4 @@
-"""What a worker does next: a pure function of who waits, what is under way, the lanes and now. Tested as a table.
+"""A worker's next step: a pure function of who waits, what is under way, the lanes and now. Tested as a table.
 
 `Waiting` is who waits for what; the line alone changes it, under its lock. `choose` looks at it.
 
@@ -86,7 +86,7 @@ Step = Work | Wait | End
 
 @dataclass
 class Waiting:
-    """Who waits for what, and what is under way. All in order, the oldest first."""
+    """Everyone who waits, and all that is under way. In order, the oldest first."""
 
     decode_threads: int
     """Workers that may decode or draw at once."""
@@ -133,7 +133,7 @@ class Waiting:
                 self.ran.popleft()
 
     def _begin_run(self, run: Run) -> None:
-        """What is left of the batch's jobs goes behind all others that wait now."""
+        """Put what is left of the batch's jobs behind all others that wait now."""
         batch, jobs = set(run.parts), {part.job for part in run.parts}
         self.ready = [part for part in self.ready if part not in batch]
         for job in {part.job: None for part in self.ready if part.job in jobs}:
@@ -232,5 +232,5 @@ def _is_next(waiting: Waiting, decoding: int) -> bool:
 
 
 def _order(part: Part) -> tuple[bool, int]:
-    """What is run again comes first, then who came first."""
+    """Sort what is run again first, then by who came first."""
     return not part.alone, part.job.turn

@@ -39,7 +39,7 @@ MAX_ANSWER_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn onto the picture, and how it is encoded."""
+    """The detections that are drawn onto the picture, and its encoding."""
 
     boxes: list[list[float]]
     scores: list[float]
@@ -67,9 +67,9 @@ class Answer:
     valid_size: tuple[int, int] = (0, 0)
     original_size: tuple[int, int] = (0, 0)
     seconds: tuple[float, float] = (0, 0)
-    """Of decoding and of resizing."""
+    """Seconds of decoding and of resizing."""
     text: str = ""
-    """Why there is no picture."""
+    """The reason why there is no picture."""
 
 
 def main(descriptor: int, memory_bytes: int) -> None:

@@ -32,9 +32,9 @@ from service.metrics import DecoderMetrics
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-"""How soon a child is killed that nobody waits for."""
+"""Seconds after which a child is killed that nobody waits for, at most."""
 MEMORY_BYTES = 1200 * 2**20
-"""Of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
+"""Memory of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
 MAX_DRAWING_BYTES = 512 * 2**20
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """A large picture's blocks go back to the system when they are freed, where glibc would keep them in the heap; and no

@@ -102,7 +102,7 @@ class Engine:
         job.future.cancel()
 
     def refusal(self, num_images: int, timeout_seconds: float) -> QueueFull | None:
-        """Why so many images cannot be admitted now."""
+        """Say why so many images cannot be admitted now."""
         return self.line.refusal(num_images, timeout_seconds)
 
     def _work(self) -> None:

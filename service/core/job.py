@@ -22,7 +22,7 @@ class DeadlineExceeded(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What one request asks of its detections."""
+    """The options of one request."""
 
     score_threshold: float
     nms_threshold: float
@@ -57,7 +57,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Detected:
-    """What became of one picture: detections in original pixels."""
+    """One picture's outcome: detections in original pixels."""
 
     detections: Detections
     original_size: tuple[int, int]
@@ -123,11 +123,11 @@ class Job:
     gone: bool = False
     """Failed, cancelled or late: nothing more is begun for it."""
     in_hand: int = 0
-    """What workers have of it: its decoding, its drawing, or this many of its parts on the device."""
+    """Pieces of it that workers have: its decoding, its drawing, or this many of its parts on the device."""
     parts: list[Part] = field(default_factory=list)
     """All of them, in the order in which they were cut from the picture."""
     parts_left: int = 0
-    """Those that have not run yet, or run now."""
+    """Parts that have not run yet, or run now."""
 
     def answer(self, result: Any) -> None:
         """Hand the answer to whoever waits, from any thread."""

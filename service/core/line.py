@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(eq=False)
 class Seat:
-    """Where one worker waits for a step."""
+    """A seat on which one worker waits for a step."""
 
     until: float | None = None
     """time.monotonic() at which it chooses again."""
@@ -138,7 +138,7 @@ class Line:
             self._hand_out()
 
     def refusal(self, num_jobs: int, timeout_seconds: float) -> QueueFull | None:
-        """Why so many cannot be admitted now."""
+        """Say why so many cannot be admitted now."""
         with self._lock:
             return self._refusal(num_jobs, timeout_seconds)
 
@@ -149,7 +149,7 @@ class Line:
             return Snapshot(len(self._jobs), encoded, ready, running, self._expected_wait())
 
     def oldest_step(self) -> tuple[str, float] | None:
-        """What has been under way longest, "run", "decode" or "finish", and for how many seconds."""
+        """Find what has been under way longest, "run", "decode" or "finish", and for how many seconds."""
         with self._lock:
             oldest = next(iter(self._waiting.under_way), None)
             return None if oldest is None else (type(oldest).__name__.lower(), self._clock() - oldest.started)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 BYTES_PER_DECODER = 450 * 2**20
 SHARE_OF_LIMIT = 0.4
-"""Of the memory that this process may have; the rest is for the model, uploads and answers."""
+"""Share of the memory that this process may have; the rest is for the model, uploads and answers."""
 
 
 def decode_bytes_allowed(decode_threads: int) -> int:

@@ -1,4 +1,4 @@
-"""How fast the line drains: what a wait is expected from."""
+"""The rate at which the line drains, from which a wait is expected."""
 
 NEWEST_SHARE = 0.2
 """Weight of the newest batch in the moving average."""

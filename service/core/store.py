@@ -38,7 +38,7 @@ class NotReady(Refusal):
 
 OPENER = "model opener"
 FORESEEN = (InvalidModel, DeviceUnavailable, InferenceFailed, OSError)
-"""Why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
+"""Reasons why a model cannot be loaded; anything else is a bug, and its traceback is logged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class ModelStore:
         """Logged already."""
         self.current: LoadedModel | None = None
         self.device_fault: str | None = None
-        """Why the device can serve no more, for the rest of the process's life."""
+        """The reason why the device can serve no more, for the rest of the process's life."""
 
     def serving(self) -> LoadedModel:
         """The model for a new request. NotReady: there is none."""
@@ -199,7 +199,7 @@ class ModelStore:
 
 
 def _in_time(call: Callable[[], Value], seconds: float | None) -> Value:
-    """What `call` returns or raises, on a thread of its own. TimeoutError: it takes longer, and is left to itself."""
+    """Do what `call` does, on a thread of its own. TimeoutError: it takes longer, and is left to itself."""
     outcome: Future[Value] = Future()
 
     def run() -> None:

@@ -14,10 +14,10 @@ LONGEST_RETRY_SECONDS = 300.0
 
 @dataclass
 class Wanted:
-    """What was seen, tried and loaded of the file; all times are of one monotonic clock, in seconds."""
+    """The file as it was seen, tried and loaded; all times are of one monotonic clock, in seconds."""
 
     served: Stamp
-    """Of the file that serves, before it was opened."""
+    """The version of the file that serves, before it was opened."""
     first_retry_seconds: float = FIRST_RETRY_SECONDS
 
     def __post_init__(self) -> None:
@@ -26,7 +26,7 @@ class Wanted:
         self._retry_at = 0.0
 
     def is_due(self, stamp: Stamp, now: float) -> bool:
-        """Whether to load now, having looked at the file.
+        """Decide whether to load now, having looked at the file.
 
         It must differ from what serves, be the same as at the last look (half-copied files are left alone), and not
         have been tried yet, or have failed long enough ago.

@@ -1,1 +1,1 @@
-"""What each part of the detector is worth: one run without it, and a page of the comparisons."""
+"""The worth of each part of the detector: one run without it, and a page of the comparisons."""

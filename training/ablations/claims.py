@@ -25,7 +25,7 @@ class Claim:
     worse: str
     figure: str
     caveat: str = ""
-    """Why it may not show on this data."""
+    """A reason why it may not show on this data."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def verdict(claim: Claim, results: Mapping[str, Result], losses: Mapping[str, Ma
 
 
 def chance_of(results: Mapping[str, Result], figure: str) -> float | None:
-    """What another seed changed in the baseline; None where that is not known or not a matter of seeds."""
+    """Tell what another seed changed in the baseline; None where that is not known or not a matter of seeds."""
     pair = [results.get(name) for name in ("baseline", "baseline-again")]
     figures = [figure_of(result, {}, figure) for result in pair if result is not None]
     known = [value for value in figures if value is not None]

@@ -1,4 +1,4 @@
-"""How the loss is shared out between easy and hard examples: the focal loss paper's figure 4, on a model of ours.
+"""The loss's shares of easy and hard examples: the focal loss paper's figure 4, on a model of ours.
 
 An example is one (anchor, class) pair that counts. Of a trained model, what each example adds to the loss is sorted
 and summed up, foreground and background apart; so alpha, which is the same for all of either kind, does not matter.
@@ -33,7 +33,7 @@ class Examples:
 def examples(
     detector: CandidateDetector, data_set: CocoDataSet, resize: ResizePolicy, loss: LossConfig, *, limit: int
 ) -> Examples:
-    """Of the first `limit` pictures, on their canvases; the loss says how anchors are matched."""
+    """Collect the examples of the first `limit` pictures, on their canvases; the loss says how anchors are matched."""
     foreground, background = [], []
     for index, picture in enumerate(data_set.pictures[:limit]):
         canvas = to_canvas(data_set.read(index), resize)

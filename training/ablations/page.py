@@ -62,7 +62,7 @@ def scenario_table() -> str:
 
 
 def loss_of(probability: float, *, foreground: bool, alpha: float, gamma: float) -> float:
-    """Of one anchor to which the detector gives this probability of foreground."""
+    """Compute the loss of one anchor to which the detector gives this probability of foreground."""
     logit = torch.logit(torch.tensor([[probability]], dtype=torch.float64))
     positive = torch.zeros(int(foreground), dtype=torch.int64)
     return focal_loss_sum(logit, (positive, positive), torch.tensor([False]), alpha=alpha, gamma=gamma).item()
@@ -97,7 +97,7 @@ to detections."""
 
 
 def _status(results: Mapping[str, Result]) -> str:
-    """How much of it was run, where, from what."""
+    """Say how much of it was run, where, from what."""
     if not results:
         return f"**None of the {len(ABLATIONS)} ablations has been run.**"
     missing = [ablation.name for ablation in ABLATIONS if ablation.name not in results]

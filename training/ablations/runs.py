@@ -43,11 +43,11 @@ class Ablation:
     change: str
     """In words, for the page."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Of the preset, by the names of their flags."""
+    """Values that differ from the preset's, by the names of their flags."""
     model_of: str = ""
     """The ablation whose model is evaluated; none: this ablation trains its own."""
     scales: tuple[int, ...] = ()
-    """Of an image pyramid, in the evaluation."""
+    """Shorter sides of an image pyramid, in the evaluation."""
 
     def config(self, steps: int | None) -> TrainConfig:
         """steps: at most so many."""
@@ -123,7 +123,7 @@ class Result:
     name: str
     steps: int
     failure: str
-    """Why training did not survive; empty: it did."""
+    """The reason why training did not survive; empty: it did."""
     figures: Mapping[str, float]
     """By the names in FIGURES; none where training did not survive."""
     num_pictures: int
@@ -240,7 +240,7 @@ def median_seconds(predictor: Predictor, data_set: CocoDataSet) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """What computes, in words."""
+    """Name what computes, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

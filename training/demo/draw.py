@@ -63,11 +63,11 @@ class PlacedObject:
     box: tuple[float, float, float, float]
     """xyxy, of the part inside the picture."""
     area: float
-    """Of the part inside the picture, covered or not."""
+    """Area of the part inside the picture, covered or not."""
     region: tuple[int, int, int, int]
     """The whole pixels around the box, xyxy."""
     coverage: NDArray[np.float32]
-    """Of the pixels of the region."""
+    """Coverage of each pixel of the region."""
 
     @property
     def size(self) -> float:
@@ -151,7 +151,7 @@ def _random_object(
 
 
 def _uncovered(earlier: PlacedObject, visible: NDArray[np.float32], later: PlacedObject) -> NDArray[np.float32]:
-    """What of the earlier object's `visible` coverage is left when the later one is drawn."""
+    """Compute what of the earlier object's `visible` coverage is left when the later one is drawn."""
     (ax, ay, _, _), (bx, by, _, _) = earlier.region, later.region
     xmin, ymin = max(ax, bx), max(ay, by)
     xmax, ymax = min(earlier.region[2], later.region[2]), min(earlier.region[3], later.region[3])
@@ -251,7 +251,7 @@ def _parallel_map(workers: int) -> Iterator[Callable[..., Iterable["_Annotated"]
 
 @dataclass(frozen=True, eq=False)
 class _Annotated:
-    """What the annotations say of one picture."""
+    """The annotations of one picture."""
 
     size: tuple[int, int]
     """(height, width)."""

@@ -1,4 +1,4 @@
-"""What the demo pictures show besides their objects: ground and clutter before them, light, blur and noise after.
+"""The demo pictures besides their objects: ground and clutter before them, light, blur and noise after.
 
 Pictures are RGB uint8 [height, width, 3]. Everything random comes from the generator passed in. Clutter looks like none
 of the eight shapes: thin curves, specks below the smallest object, ragged polygons, letters that resemble no shape.
@@ -78,7 +78,7 @@ def _draw_ground(rng: np.random.Generator, height: int, width: int) -> Pixels:
 
 
 def _tint(rng: np.random.Generator) -> NDArray[np.float32]:
-    """How far the two colours of a pattern lie from their mean, in levels."""
+    """Draw how far the two colours of a pattern lie from their mean, in levels."""
     return (rng.uniform(4, 22) * rng.uniform(0.5, 1, 3)).astype(np.float32)
 
 

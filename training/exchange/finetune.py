@@ -27,7 +27,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of a checkpoint's weights."""
+    """The fate of a checkpoint's weights."""
 
     tensors_kept: int
     kept: tuple[str, ...]
@@ -51,7 +51,7 @@ def fine_tuning_config(checkpoint: Checkpoint, preset: TrainConfig, flags: Mappi
 
 
 def lineage(checkpoint: Checkpoint) -> str:
-    """How the weights that a training starts from were made, the newest part first."""
+    """Tell how the weights that a training starts from were made, the newest part first."""
     notes = checkpoint.training or {}
     made = notes.get("command") or notes.get("imported") or "unknown"
     parts = [f"{made} (commit {notes.get('commit') or 'unknown'}, {checkpoint.step} steps)"]

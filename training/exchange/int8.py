@@ -25,7 +25,7 @@ Fp32Layers = Literal["none", "boxes", "outputs"]
 FP32_LAYERS: Mapping[Fp32Layers, tuple[str, ...]] = {
     "none": (), "boxes": ("bbox_reg",), "outputs": ("bbox_reg", "cls_logits")
 }  # fmt: skip
-"""What may stay fp32, by the names of the layers' weights. The box layer's answers do not fit 8 bits: without it the
+"""Layers that may stay fp32, by the names of their weights. The box layer's answers do not fit 8 bits: without it the
 demo model lost .08 AP; the class layer is where most of an output's time goes, and lost it .0015
 (docs/benchmarks.md)."""
 

@@ -43,7 +43,7 @@ BOX_TOLERANCE: Mapping[Precision, float] = {"fp32": 0.05, "fp16": 4.0, "int8": 1
 """Canvas pixels."""
 COMPARED = 100
 MISSING_ALLOWED: Mapping[Precision, int] = {"fp32": 0, "fp16": 0, "int8": 20}
-"""Of the best COMPARED candidates of an image; int8 is a safeguard against nonsense, its worth is its AP."""
+"""Candidates of the best COMPARED of an image; int8 is a safeguard against nonsense, its worth is its AP."""
 
 
 class ExportFailed(RuntimeError):
@@ -52,7 +52,7 @@ class ExportFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What int8 takes the ranges of its activations from."""
+    """The pictures that int8 takes the ranges of its activations from."""
 
     data_set: CocoDataSet
     num_images: int = 100

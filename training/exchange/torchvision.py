@@ -37,7 +37,7 @@ COCO = "coco"
 NORM_EPSILON = 1e-5
 LOGITS_BIAS = "head.classification_head.cls_logits.bias"
 NAMED_PROBLEMS = 3
-"""Of weights that do not fit, how many are told by name."""
+"""The number of misfits that are told by name."""
 
 
 class InvalidWeights(ValueError):

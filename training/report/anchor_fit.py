@@ -1,4 +1,4 @@
-"""Whether the anchors fit a data set's objects, before a training begins.
+"""The anchors' fit to a data set's objects, before a training begins.
 
 In:  the boxes of a COCO-format data set (no pictures are read), the resize of evaluation and service, the anchors.
 Out: `AnchorFit`: every object's best IoU with an anchor of the real grids, where the positive anchors come from, and
@@ -30,13 +30,13 @@ Floats = NDArray[np.float32]
 SIDES = (0, 16, 32, 64, 128, 256, 512, np.inf)
 """Edges of the classes of side, canvas pixels; an object's side is the root of its area."""
 MATCHED_PICTURES = 64
-"""How many pictures the matcher itself looks at, to count positive anchors."""
+"""Pictures that the matcher itself looks at, to count positive anchors."""
 SEARCHED_OBJECTS = 4000
-"""How many objects a better configuration is sought on."""
+"""Objects that a better configuration is sought on."""
 FEWEST_OBJECTS = 100
-"""What suits fewer suits only them."""
+"""Objects below which a suggestion would suit only them."""
 SIZE_FACTORS = tuple(2 ** (step / 4) for step in range(-10, 11))
-"""Of the base sizes, tried one after the other."""
+"""Factors of the base sizes, tried one after the other."""
 WORTHWHILE = 0.02
 """A suggestion reaches at least this much more of the objects."""
 
@@ -135,7 +135,7 @@ class AnchorFit:
 
 
 def fit_anchors(data_set: CocoDataSet, resize: ResizePolicy, anchors: AnchorConfig, loss: LossConfig) -> AnchorFit:
-    """How the anchors fit the data set's objects at the scale of evaluation and service."""
+    """Measure how the anchors fit the data set's objects at the scale of evaluation and service."""
     objects = canvas_objects(data_set.pictures, resize)
     best, threshold = best_anchors(objects, anchors), loss.fg_iou_threshold
     return AnchorFit(
@@ -234,7 +234,7 @@ def typical_ratios(objects: CanvasObjects, count: int) -> tuple[float, ...]:
 
 
 def share(chosen: NDArray[np.bool_]) -> float:
-    """Of True; NaN of nothing."""
+    """Compute the share of True; NaN of nothing."""
     return float(chosen.mean()) if len(chosen) else float("nan")
 
 

@@ -95,7 +95,7 @@ def ap_by_class(report: ApReport) -> bytes:
 
 
 def anchors_and_objects(fit: AnchorFit) -> bytes:
-    """How well the best anchor fits, over all objects and by their side; and where positive anchors come from."""
+    """Plot how well the best anchor fits, over all objects and by their side; and where positive anchors come from."""
     figure, (overlap, sides, levels) = _axes(3)
     overlap.hist(fit.best.iou, bins=40, range=(0, 1), color=BLUE)
     overlap.axvline(fit.threshold, color=WRONG, linestyle="--", label=f"positive from IoU {fit.threshold:g}")

@@ -52,7 +52,7 @@ class Validation:
 
     ap: ApReport
     losses: Sequence[PictureLosses]
-    """Those of each picture, in any order."""
+    """Losses of each picture, in any order."""
     pictures: Sequence[ShownPicture]
 
     @property

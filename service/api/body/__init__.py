@@ -1,1 +1,1 @@
-"""What bodies are made of: multipart parts, base64 and quoted-printable, pictures in JSON."""
+"""The makings of bodies: multipart parts, base64 and quoted-printable, pictures in JSON."""

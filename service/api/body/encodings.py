@@ -14,7 +14,7 @@ _SPACE = b" \t\r\n"
 _URL_ESCAPES = {
     escape: bytes([letter]) for letter in b"+/=" + _SPACE for escape in (b"%%%02X" % letter, b"%%%02x" % letter)
 }
-"""What a URL escapes of base64; unquoting whatever there may be takes seconds."""
+"""Base64's letters as a URL escapes them; unquoting whatever there may be takes seconds."""
 _FOREIGN = re.compile(rb"[^A-Za-z0-9+/=]")
 _DATA_URL = re.compile(rb"\s*data:([^,]{0,200}),", re.IGNORECASE)
 
@@ -63,7 +63,7 @@ def _without_url_escapes(text: bytes | bytearray) -> bytes | bytearray:
 
 
 def _last(letters: bytes) -> bytes:
-    """Of the two or three letters that fill no group of four."""
+    """Decode the two or three letters that fill no group of four."""
     if len(letters) == 1:
         raise ValueError("it is cut off: one letter is left over")
     return _groups(letters + b"=" * (-len(letters) % 4))

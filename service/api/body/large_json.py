@@ -16,7 +16,7 @@ from service.api.body.encodings import PIECE_BYTES, pieces
 
 LARGE_STRING_BYTES = 4096
 MAX_SMALL_BYTES = 64 * 1024
-"""What a document may have besides its large strings."""
+"""Bytes of a document besides its large strings."""
 MAX_QUOTES = 2000
 MAX_BACKSLASHES = 64
 """In a row, before a quote."""
@@ -43,7 +43,7 @@ class LargeString:
 
 
 def parse_json(body: Encoded) -> Any:
-    """What json.loads makes of the body, but strings of more than 4 KiB are a LargeString each.
+    """Parse the body as json.loads does, but strings of more than 4 KiB are a LargeString each.
 
     UTF-8, UTF-16 or UTF-32, with or without a byte order mark. ValueError: it is not JSON, or has more than 64 KiB
     besides its large strings or more than 1,000 strings. RecursionError: it is nested too deeply.

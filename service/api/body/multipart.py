@@ -11,7 +11,7 @@ MAX_BOUNDARY_BYTES = 256
 """RFC 2046 allows 70."""
 MAX_PADDING_BYTES = 256
 MAX_HEADER_BYTES = 16 * 1024
-"""Of all headers of one part."""
+"""Bytes of all headers of one part."""
 _FOLD = re.compile(rb"\r\n[ \t]+")
 
 Headers = Mapping[bytes, bytes]
