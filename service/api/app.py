@@ -11,7 +11,6 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -19,11 +18,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from service.api.detection import Detection
-from service.api.errors import CODES, PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
+from service.api.errors import CODES, PROBLEM_TYPES, problem
 from service.api.huggingface import HuggingFace
 from service.api.keys import ApiKeys
 from service.api.middleware import (
-    DETECTION_PATHS,
     BelowPrefix,
     FileProblems,
     Linger,
@@ -32,9 +30,12 @@ from service.api.middleware import (
     Shed,
     context_of,
     problem_response,
+    response_of,
 )
 from service.api.openapi import EVERYWHERE, add_detection, docs_page, problems
+from service.api.openinference.routes import OpenInference
 from service.api.parameters import thresholds
+from service.api.paths import DETECTION_ROUTES, OPEN_INFERENCE_MODEL, OPEN_PATHS, route_of
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
 from service.core.store import NotReady
@@ -57,7 +58,11 @@ def create_app(service: Service) -> ASGIApp:
         summary="A RetinaNet object detector over HTTP.",
         redoc_url=None,
         redirect_slashes=False,
-        routes=[*detection.routes, *HuggingFace(detection, service.settings.max_image_bytes).routes],
+        routes=[
+            *detection.routes,
+            *HuggingFace(detection, service.settings.max_image_bytes).routes,
+            *OpenInference(service).routes,
+        ],
         servers=[{"url": service.settings.root_path}] if service.settings.root_path else None,
     )
     _add_operations(api, service)
@@ -69,12 +74,12 @@ def create_app(service: Service) -> ASGIApp:
     _answer_head(routes)
     _make_series(service.metrics.http, routes)
     app: ASGIApp = api
-    for layer, args, kwargs in reversed(_layers(service, {route.path for route in routes})):
+    for layer, args, kwargs in reversed(_layers(service, {route_of(route.path) for route in routes})):
         app = layer(app, *args, **kwargs)
     return app
 
 
-def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
+def _layers(service: Service, routes: Collection[str]) -> list[Middleware]:
     """List what surrounds the routes, outermost first."""
     settings = service.settings
     keys = ApiKeys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
@@ -83,11 +88,11 @@ def _layers(service: Service, paths: Collection[str]) -> list[Middleware]:
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "HEAD", "POST"],
         allow_headers=["*"],  # such as traceparent; a header harms nobody
-        expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
+        expose_headers=["Inference-Header-Content-Length", "Retry-After", "Server-Timing", "X-Request-ID"],
     )
     return [
-        *([Middleware(BelowPrefix, prefix=settings.root_path, paths=paths)] if settings.root_path else []),
-        Middleware(Observe, metrics=service.metrics, paths=paths, is_draining=lambda: service.draining),
+        *([Middleware(BelowPrefix, prefix=settings.root_path, routes=routes)] if settings.root_path else []),
+        Middleware(Observe, metrics=service.metrics, routes=routes, is_draining=lambda: service.draining),
         Middleware(Linger, seconds=settings.upload_timeout_seconds),
         *([cross_origin] if settings.cors_origins else []),
         *([Middleware(RequireKey, keys=keys)] if keys else []),
@@ -140,14 +145,14 @@ def _status(good: str, why_not: str | None) -> Status:
 
 def _add_errors(api: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> Response:
-        return problem_response(error, context_of(request.scope).request_id)
+        return problem_response(error, request.scope)
 
     async def by_framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         codes = (code for code, kind in PROBLEM_TYPES.items() if kind.status == error.status_code)
         detail = f"{request.method} {request.url.path}"
         body = problem(next(codes, "malformed_request"), detail, context_of(request.scope).request_id)
-        return Response(to_json(body), body["status"], error.headers, PROBLEM_MEDIA_TYPE)
+        return response_of(body, request.scope, error.headers)
 
     for kind in (*CODES, Exception):  # FastAPI raises the last on, for Observe to log
         api.add_exception_handler(kind, known)
@@ -156,13 +161,18 @@ def _add_errors(api: FastAPI) -> None:
 
 def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
     """Make every series that HTTP requests can have."""
-    detection = (200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405}))
-    for path in sorted({route.path for route in routes}):
-        methods = {method for route in routes if route.path == path for method in route.methods or ()}
-        detects = {"POST"} if path in DETECTION_PATHS else set()
-        answers = {
-            method: detection if method in detects else (200, *UNREAD, 401, 500, 503) for method in sorted(methods)
-        } | {OTHER_METHOD: (*UNREAD, 401, 405)}
-        metrics.make_series(path, answers, timed=path in DETECTION_PATHS)
+    for route in sorted({route_of(each.path) for each in routes}):
+        methods = {method for each in routes if route_of(each.path) == route for method in each.methods or ()}
+        answers = {method: _statuses(route, method) for method in sorted(methods)}
+        metrics.make_series(route, answers | {OTHER_METHOD: (*UNREAD, 401, 405)}, timed=route in DETECTION_ROUTES)
     files = dict.fromkeys(("GET", "HEAD"), (200, *UNREAD, 206, 304, 401, 404))  # of the docs page
     metrics.make_series(UNMATCHED, files | {OTHER_METHOD: (200, *UNREAD, 401, 404, 405)}, timed=False)
+
+
+def _statuses(route: str, method: str) -> tuple[int, ...]:
+    """List those that a method which the route has can get."""
+    unknown_model = {404} if route.startswith(OPEN_INFERENCE_MODEL) else set()
+    if method == "POST" and route in DETECTION_ROUTES:
+        return 200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405} | unknown_model)
+    without_key = set() if route in OPEN_PATHS else {401}
+    return 200, *sorted({*UNREAD, 500, 503} | without_key | unknown_model)

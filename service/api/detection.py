@@ -15,8 +15,9 @@ from starlette.routing import Route
 
 from service.api.answers import answers_of
 from service.api.errors import problem_of
-from service.api.middleware import DETECT, DETECT_BATCH, context_of
+from service.api.middleware import context_of
 from service.api.parameters import options, read_query, with_parameters
+from service.api.paths import DETECT, DETECT_BATCH
 from service.api.replies import Reply, as_json, as_picture, picture_wanted
 from service.api.service import Service
 from service.api.uploads import JsonImage

@@ -6,7 +6,7 @@ what came and what is allowed. Exceptions are defined where they are raised:
     Exception
     ├── HeadersTooLarge, UriTooLong                                                         api.connections
     ├── MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, ClientGone     api.uploads
-    ├── InvalidParameter, Unauthorized                                                      here
+    ├── InvalidParameter, UnknownModel, Unauthorized                                        here
     ├── InvalidImage                                                                        model.image
     │   └── TooManyPixels
     ├── SideTooLong                                                                         drawing
@@ -48,6 +48,10 @@ class InvalidParameter(Exception):
     """A query parameter is out of range, or a label is unknown: mend the query."""
 
 
+class UnknownModel(Exception):
+    """The path names a model, or a version of it, that is not the one that serves."""
+
+
 class Unauthorized(Exception):
     """No valid API key came with the request."""
 
@@ -64,7 +68,7 @@ class ProblemType:
 PROBLEM_TYPES = {
     "malformed_request": ProblemType(400, "The request cannot be read", "invalid", (MalformedRequest,)),
     "unauthorized": ProblemType(401, "A valid API key is needed", "invalid", (Unauthorized,)),
-    "not_found": ProblemType(404, "There is nothing at this path", "invalid"),
+    "not_found": ProblemType(404, "There is nothing at this path", "invalid", (UnknownModel,)),
     "method_not_allowed": ProblemType(405, "The path does not take this method", "invalid"),
     "not_acceptable": ProblemType(406, "The picture does not fit into the format asked for", "invalid", (SideTooLong,)),
     "upload_timeout": ProblemType(408, "The body took too long to arrive", "timeout", (UploadTimeout,)),

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.api.detection import Detection
-from service.api.middleware import HUGGING_FACE
+from service.api.paths import HUGGING_FACE
 from service.api.replies import as_list
 from service.api.uploads import JsonImage, MalformedRequest
 

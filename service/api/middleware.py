@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.connections import PROTOCOL_ERROR
 from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, code_of, headers_of, problem_of
 from service.api.keys import ApiKeys
+from service.api.paths import DETECTION_ROUTES, OPEN_PATHS, QUIET_PATHS, route_of, speaks_open_inference
 from service.api.uploads import MalformedRequest
 from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
@@ -30,10 +31,6 @@ from service.metrics import UNMATCHED, Metrics
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-DETECT, DETECT_BATCH, HUGGING_FACE = DETECTION_PATHS = ("/detect", "/detect/batch", "/")
-OPEN_PATHS = ("/healthz", "/readyz")
-QUIET_PATHS = (*OPEN_PATHS, "/metrics")
-"""Logged at debug level while they answer 200."""
 
 
 @dataclass
@@ -54,14 +51,14 @@ def context_of(scope: Scope) -> RequestContext:
 class BelowPrefix:
     """Takes a prefix off the path, for a proxy that passes it on; most take it off themselves."""
 
-    def __init__(self, app: ASGIApp, *, prefix: str, paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, prefix: str, routes: Collection[str]) -> None:
         self._app = app
         self._prefix = prefix
-        self._paths = frozenset(paths)
+        self._routes = frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if path.startswith(self._prefix + "/") and path not in self._paths:  # a prefix may be called /detect
+        if path.startswith(self._prefix + "/") and route_of(path) not in self._routes:  # a prefix may be called /detect
             scope = {**scope, "path": path.removeprefix(self._prefix)}
         await self._app(scope, receive, send)
 
@@ -70,11 +67,11 @@ class Observe:
     """Gives every request an id; counts and logs it when its answer begins: who has an answer finds it counted."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, paths: Collection[str], is_draining: Callable[[], bool]
+        self, app: ASGIApp, *, metrics: Metrics, routes: Collection[str], is_draining: Callable[[], bool]
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._paths = frozenset(paths)
+        self._routes = frozenset(routes)
         self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +100,7 @@ class Observe:
                 if code_of(error) == "internal_error":
                     logger.exception("a request failed", extra={"fields": {"request_id": context.request_id}})
                 if not answered:
-                    await problem_response(error, context.request_id)(scope, receive, send_with_id)
+                    await problem_response(error, scope)(scope, receive, send_with_id)
 
     def _request_id(self, headers: Headers) -> str:
         given = headers.get("x-request-id", "")
@@ -111,11 +108,11 @@ class Observe:
 
     def _count(self, scope: Scope, context: RequestContext, status: int) -> None:
         seconds = time.perf_counter() - context.watch.started
-        path, method = scope["path"], scope["method"]
-        route = path if path in self._paths else UNMATCHED
+        path, method, route = scope["path"], scope["method"], route_of(scope["path"])
+        route = route if route in self._routes else UNMATCHED
         self._metrics.http.observe(method, route, status, seconds)
         fields = {"request_id": context.request_id, "method": method, "route": route, "status": status}
-        if path in DETECTION_PATHS and method == "POST":
+        if route in DETECTION_ROUTES and method == "POST":
             fields["outcome"] = outcome = OUTCOME_OF_STATUS[status]
             self._metrics.requests.labels(outcome).inc()
         quiet = path in QUIET_PATHS and status == 200
@@ -138,7 +135,7 @@ class Linger:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app, unread = self._app, scope.get("state", {}).pop(PROTOCOL_ERROR, None)
         if unread is not None:
-            app = problem_response(unread, context_of(scope).request_id)
+            app = problem_response(unread, scope)
         elif scope["type"] != "http" or not has_body(Headers(scope=scope)):
             await app(scope, receive, send)
             return
@@ -184,8 +181,8 @@ class Shed:
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_detection = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in DETECTION_PATHS
-        refusal = self._refusal() if is_detection else None
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        refusal = self._refusal() if is_post and route_of(scope["path"]) in DETECTION_ROUTES else None
         if refusal is None:
             await self._app(scope, receive, send)
             return
@@ -193,7 +190,7 @@ class Shed:
         if first["type"] == "http.request" and not first.get("more_body", False):
             context = context_of(scope)
             context.fields["body_bytes"] = len(first.get("body", b""))
-            await problem_response(refusal, context.request_id)(scope, receive, send)
+            await problem_response(refusal, scope)(scope, receive, send)
             return
         unread = [first]
 
@@ -226,7 +223,7 @@ class FileProblems:
         await self._app(scope, receive, send_unless_bad_range)
         if is_bad_range:
             error = MalformedRequest("the Range is not one of the file's: ask for bytes=FIRST-LAST, or for all of it")
-            await problem_response(error, context_of(scope).request_id)(scope, receive, send)
+            await problem_response(error, scope)(scope, receive, send)
 
 
 class RequireKey:
@@ -244,7 +241,7 @@ class RequireKey:
         name = self._keys.name_of(given_key(Headers(scope=scope)))
         if name is None:
             error = Unauthorized("send a valid key as Authorization: Bearer KEY or as X-API-Key: KEY")
-            await problem_response(error, context.request_id)(scope, receive, send)
+            await problem_response(error, scope)(scope, receive, send)
             return
         context.fields["key"] = name
         await self._app(scope, receive, send)
@@ -259,6 +256,13 @@ def has_body(headers: Headers) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
-def problem_response(error: BaseException, request_id: str) -> Response:
-    body = problem_of(error, request_id)
-    return Response(to_json(body), body["status"], headers_of(error), PROBLEM_MEDIA_TYPE)
+def problem_response(error: BaseException, scope: Scope) -> Response:
+    return response_of(problem_of(error, context_of(scope).request_id), scope, headers_of(error))
+
+
+def response_of(problem: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None) -> Response:
+    """The problem as the clients of this path read it: those of /v2 want `error`, and only in plain JSON."""
+    if speaks_open_inference(scope["path"]):
+        message = {"error": f"{problem['code']}: {problem['detail']}"}
+        return Response(to_json(message | problem), problem["status"], headers, "application/json")
+    return Response(to_json(problem), problem["status"], headers, PROBLEM_MEDIA_TYPE)

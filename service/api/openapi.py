@@ -11,8 +11,8 @@ from pydantic.json_schema import models_json_schema
 
 from service.api.errors import PROBLEM_MEDIA_TYPE, PROBLEM_TYPES, problem
 from service.api.huggingface import INPUTS, PARAMETERS, THRESHOLD
-from service.api.middleware import DETECT, DETECT_BATCH, HUGGING_FACE
 from service.api.parameters import DetectQuery
+from service.api.paths import DETECT, DETECT_BATCH, HUGGING_FACE
 from service.api.schemas import BatchAnswer
 from service.config import MAX_BATCH_IMAGES
 
