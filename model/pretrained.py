@@ -10,6 +10,8 @@ from model.detector import Device
 from model.runtime.session import has_cuda_build
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "shapes.onnx"
+EXAMPLE_PICTURE = PRETRAINED.parent / "example.jpg"
+"""A drawn picture, for who has none at hand."""
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 

@@ -36,6 +36,7 @@ from service.api.openapi import EVERYWHERE, add_detection, docs_page, problems
 from service.api.openinference.routes import OpenInference
 from service.api.parameters import thresholds
 from service.api.paths import DETECTION_ROUTES, OPEN_INFERENCE_MODEL, OPEN_PATHS, route_of
+from service.api.playground import routes as playground_routes
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
 from service.core.store import NotReady
@@ -62,6 +63,7 @@ def create_app(service: Service) -> ASGIApp:
             *detection.routes,
             *HuggingFace(detection, service.settings.max_image_bytes).routes,
             *OpenInference(service).routes,
+            *playground_routes(with_page=documented),
         ],
         servers=[{"url": service.settings.root_path}] if service.settings.root_path else None,
     )

@@ -24,6 +24,7 @@ from service.api.connections import PROTOCOL_ERROR
 from service.api.errors import OUTCOME_OF_STATUS, PROBLEM_MEDIA_TYPE, Unauthorized, code_of, headers_of, problem_of
 from service.api.keys import ApiKeys
 from service.api.paths import DETECTION_ROUTES, OPEN_PATHS, QUIET_PATHS, route_of, speaks_open_inference
+from service.api.playground import is_playground
 from service.api.uploads import MalformedRequest
 from service.core.job import Stopwatch
 from service.metrics import UNMATCHED, Metrics
@@ -227,14 +228,17 @@ class FileProblems:
 
 
 class RequireKey:
-    """Answers 401 to a request without a key, as `Authorization: Bearer` or `X-API-Key`; the probes need none."""
+    """Answers 401 to a request without a key, as `Authorization: Bearer` or `X-API-Key`.
+
+    The probes and the playground's files need none.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or is_playground(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
         context = context_of(scope)

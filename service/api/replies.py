@@ -39,14 +39,7 @@ def as_picture(detected: Detected, job: Job, *, decoders: Decoders, picture_form
 
 def picture_wanted(accept: str) -> PictureFormat | None:
     """The picture format that this Accept header names and ranks above JSON. A browser's header gets JSON."""
-    quality: dict[str, float] = {}
-    for entry in accept.split(","):
-        media_type, *parameters = (part.strip().lower() for part in entry.split(";"))
-        q = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
-        try:
-            quality[media_type] = float(q)
-        except ValueError:
-            return None
+    quality = qualities(accept)
     if "text/html" in quality:
         return None
     json = next((quality[name] for name in ("application/json", "application/*", "*/*") if name in quality), 0)
@@ -54,3 +47,16 @@ def picture_wanted(accept: str) -> PictureFormat | None:
     if max(png, jpeg) <= json:
         return None
     return "png" if png >= jpeg else "jpeg"
+
+
+def qualities(accept: str) -> dict[str, float]:
+    """The media types of an Accept header with their q; none of a header that cannot be read."""
+    quality: dict[str, float] = {}
+    for entry in accept.split(","):
+        media_type, *parameters = (part.strip().lower() for part in entry.split(";"))
+        q = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
+        try:
+            quality[media_type] = float(q)
+        except ValueError:
+            return {}
+    return quality

@@ -65,6 +65,7 @@ def test_no_request_whatever_makes_a_new_series(server: Serving) -> None:
             "/v2/models/x/versions/1",
         ):
             server.client.request(method, path)
+    server.client.get("/playground/example.jpg")
     server.client.post("/detect", content=picture(), headers=PNG)
     server.client.post("/detect", content=b"x", headers=PNG)
     assert series(server) == before
