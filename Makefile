@@ -8,7 +8,7 @@ COCO := models
 COCO_WEIGHTS := coco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install check lint fast-test test test-foreign coverage format docs coco demo-model ablations article bench docker-test docker-requirements clean
+.PHONY: serve install check lint fast-test test test-foreign coverage format docs coco client demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see docs/benchmarks.md
@@ -87,6 +87,11 @@ bench: install ## the benchmarks that docs/benchmarks.md holds; nothing else sho
 	$(BIN)/python -m tests.benchmarks.scale
 	$(BIN)/python -m tests.benchmarks.compare
 	$(BIN)/python -m tests.benchmarks.compare --resnet50 --clients 1 8 --requests 20 --rounds 2
+
+client: install ## the Python client's wheel and sdist, in client/dist
+	$(PIP) build
+	rm -rf client/dist
+	$(BIN)/python -m build --outdir client/dist client
 
 docker-test: install ## builds the images and tests them with Compose, Prometheus and the proxy; needs a Docker engine
 	DOCKER_TEST=1 $(BIN)/python -m pytest -ra tests/deploy/engine
