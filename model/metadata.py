@@ -7,7 +7,8 @@ back. A file that lacks any of it (but LATER_FIELDS), or is of another format ve
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
@@ -30,7 +31,7 @@ MAX_CANVAS_PIXELS = 4096 * 4096
 MAX_LABELS = 20_000
 MAX_NAME_CHARACTERS = 200
 """Longest name of a model, and of each label."""
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 MAX_PROPS_CHARACTERS = 4 * 1024 * 1024
 """All metadata together."""
 
@@ -43,6 +44,26 @@ class InvalidModel(ValueError):
 class Label:
     class_id: int
     label: str
+
+
+def check_labels(labels: Sequence[Label]) -> None:
+    """InvalidModel: no file may carry them, so no data set that is learned from may have them."""
+    if not 1 <= len(labels) <= MAX_LABELS:
+        raise InvalidModel(f"a model has {len(labels) or 'no'} labels; {MAX_LABELS} are allowed")
+    for label in labels:
+        _check_name(label.label)
+    for what, values in (("class id", [x.class_id for x in labels]), ("name", [x.label for x in labels])):
+        [(value, count)] = Counter(values).most_common(1)
+        if count > 1:
+            raise InvalidModel(f"a model's labels repeat the {what} {value!r}")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME_CHARACTERS or UNPRINTABLE.search(name):
+        raise InvalidModel(
+            f"a model has a name or label {name[:MAX_NAME_CHARACTERS]!r}: at most {MAX_NAME_CHARACTERS} characters "
+            "are allowed, and no control characters or halves of surrogate pairs"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,20 +143,8 @@ class ModelMetadata:
     """The anchors of the boxes, for people: the graph holds its own. None: the file is older than this."""
 
     def __post_init__(self) -> None:
-        ids = [label.class_id for label in self.labels]
-        names = [label.label for label in self.labels]
-        if not 1 <= len(ids) <= MAX_LABELS:
-            raise InvalidModel(f"the model has {len(ids) or 'no'} labels; {MAX_LABELS} are allowed")
-        for name in (self.name, *names):
-            if len(name) > MAX_NAME_CHARACTERS or CONTROL_CHARACTER.search(name):
-                raise InvalidModel(
-                    f"the model has a name or label {name[:MAX_NAME_CHARACTERS]!r}: at most {MAX_NAME_CHARACTERS} "
-                    "characters are allowed, and no control characters"
-                )
-        if len(set(ids)) < len(ids):
-            raise InvalidModel("the model's labels repeat a class id")
-        if len(set(names)) < len(names):
-            raise InvalidModel("the model's labels repeat a name")
+        check_labels(self.labels)
+        _check_name(self.name)
         shares = {"score_threshold": self.score_threshold, "nms_threshold": self.nms_threshold, "ap": self.ap}
         for name, share in shares.items():
             if share is not None and not 0 <= share <= 1:

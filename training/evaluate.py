@@ -5,18 +5,13 @@ In: a COCO-format data set and anything that turns canvases into candidates. Out
 Source of the metric: Lin et al. 2014 (COCO); pycocotools is the reference implementation itself.
 """
 
-import contextlib
-import io
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from model.candidates import CandidateDetector
@@ -28,9 +23,10 @@ from model.suppress import suppress
 from model.tiles import Tiling, detect_in_tiles
 from model.types import Candidates, CanvasImage, Detections, Pixels, coco_results
 from training.checkpoint import build_detector, load_checkpoint
-from training.coco import OBJECT, CocoDataSet, InvalidDataSet
+from training.coco import CocoDataSet, InvalidDataSet
 from training.config import DetectionConfig
 from training.distributed import ALONE, Ranks
+from training.evaluation.average_precision import ApReport, Results, average_precision, warn_of_crowding
 
 log = logging.getLogger(__name__)
 FindCandidates = Callable[[Sequence[CanvasImage]], list[Candidates]]
@@ -39,8 +35,6 @@ OnPicture = Callable[[int, Pixels, Detections], None]
 """Told of each evaluated picture: its index, its pixels, what was found there."""
 OnOutputs = Callable[[LevelOutputs, CanvasImage], None]
 """Told of what a network answered, and of the canvas that it looked at."""
-COUNTED_DETECTIONS = [1, 10, 100, 1000]
-"""COCO's, and 1,000 for proposals: of each picture the best so many count, for AP the best 100."""
 
 
 @dataclass(frozen=True)
@@ -84,44 +78,6 @@ def merged(candidates: Sequence[Candidates], canvases: Sequence[CanvasImage]) ->
         np.concatenate([found.scores for found in candidates]),
         np.concatenate([found.labels for found in candidates]),
     )
-
-
-@dataclass(frozen=True)
-class ApReport:
-    """Averages over IoU .50:.95 unless said; 0 to 1, or NaN where the data set has no such object."""
-
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
-    recall_100: float
-    """The share of objects found by the best 100 detections of a picture."""
-    recall_1000: float
-    recall_1000_by_size: tuple[float, float, float]
-    """small, medium, large"""
-    per_class: dict[str, float]
-    num_images: int
-    precision: np.ndarray[Any, Any] = field(repr=False, compare=False)
-    """[10 IoUs, 101 recalls, classes, 4 areas (all, small, medium, large)] at 100 detections; -1 where there is no such
-    object."""
-
-    def table(self) -> str:
-        rows = [
-            ("AP@[.50:.95]", self.ap),
-            ("AP50", self.ap50),
-            ("AP75", self.ap75),
-            ("AP small (< 32² px)", self.ap_small),
-            ("AP medium", self.ap_medium),
-            ("AP large (> 96² px)", self.ap_large),
-            ("recall at 100", self.recall_100),
-            ("recall at 1000", self.recall_1000),
-            *((f"AP {name}", value) for name, value in self.per_class.items()),
-        ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value:.4f}" for name, value in rows]
-        return "\n".join([*lines, f"{'pictures':<{width}}  {self.num_images}"])
 
 
 def open_predictor(model: Path, device: Device = "auto") -> Predictor:
@@ -185,17 +141,21 @@ def evaluate(
     """AP on the first `limit` pictures (0: all), each looked at by one of the ranks; every rank gets the report.
 
     InvalidDataSet: it has labels that the model lacks, or a picture cannot be read and `skip_unreadable` is not set;
-    set, such pictures are named and do not count.
+    set, such pictures are named and do not count, and one at least has to be left.
     """
     refuse_unknown_labels(predictor.labels, data_set)
+    if ranks.is_first:
+        warn_of_crowding(data_set)
     indices = ranks.share(range(len(data_set))[: limit or None])
-    found: list[tuple[int, list[dict[str, Any]]]] = []
+    found: list[tuple[int, Results]] = []
+    unreadable: list[str] = []
     for index in tqdm(indices, desc="evaluate", unit="picture", disable=not (progress and ranks.is_first)):
         try:
             pixels = data_set.read(index)
         except InvalidDataSet as error:
             if not skip_unreadable:
                 raise
+            unreadable.append(str(error))
             log.warning("not evaluated: %s", error)
         else:
             detections = predictor(pixels)
@@ -203,11 +163,13 @@ def evaluate(
                 on_picture(index, pixels, detections)
             found.append((index, coco_results(data_set.pictures[index].image_id, detections)))
     found = sorted(ranks.gather(found), key=lambda result: result[0])
+    if not found:
+        raise InvalidDataSet(f"none of the pictures can be read, so there is no AP: {ranks.gather(unreadable)[0]}")
     report = None
     if ranks.is_first:
         image_ids = [data_set.pictures[index].image_id for index, _ in found]
         results = [result for _, of_picture in found for result in of_picture]
-        report = average_precision(data_set.annotation_file, results, image_ids, class_agnostic=data_set.class_agnostic)
+        report = average_precision(data_set, results, image_ids)
     return ranks.from_first(report)
 
 
@@ -220,42 +182,6 @@ def refuse_unknown_labels(labels: Sequence[Label], data_set: CocoDataSet) -> Non
         raise InvalidDataSet(
             f"the model knows {_names(labels)}; {data_set.annotation_file} has {_names(data_set.labels)}"
         )
-
-
-def average_precision(
-    annotation_file: Path, results: list[dict[str, Any]], image_ids: Sequence[int], *, class_agnostic: bool = False
-) -> ApReport:
-    """pycocotools on results in COCO's format. An empty list is a detector that found nothing: AP 0.
-
-    class_agnostic  categories do not count: any box may find any object
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what we return
-        truth = COCO(str(annotation_file))
-        truth.dataset.setdefault("info", {})
-        if class_agnostic:  # pycocotools drops boxes of categories that it does not know, even where none counts
-            results = [result | {"category_id": truth.getCatIds()[0]} for result in results]
-        found = truth.loadRes(results) if results else COCO()
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.imgIds = list(image_ids)
-        evaluation.params.maxDets = COUNTED_DETECTIONS
-        evaluation.params.useCats = int(not class_agnostic)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    figures = [float(figure) if figure >= 0 else float("nan") for figure in evaluation.stats]
-    precision = evaluation.eval["precision"][..., COUNTED_DETECTIONS.index(100)]
-    categories = [{"name": OBJECT.label}] if class_agnostic else truth.loadCats(evaluation.params.catIds)
-    names = [str(category["name"]) for category in categories]
-    per_class = {name: _mean(precision[:, :, column, 0]) for column, name in enumerate(names)}
-    ap, ap50, ap75, small, medium, large, _, _, recall_100, *_ = figures
-    of_any_size, *by_size = (_mean(evaluation.eval["recall"][:, :, size, -1]) for size in range(4))
-    recalls = recall_100, of_any_size, (by_size[0], by_size[1], by_size[2])
-    return ApReport(ap, ap50, ap75, small, medium, large, *recalls, per_class, len(image_ids), precision)
-
-
-def _mean(precision: np.ndarray[Any, Any]) -> float:
-    valid = precision[precision > -1]
-    return float(valid.mean()) if valid.size else float("nan")
 
 
 def _names(labels: Sequence[Label]) -> str:

@@ -15,7 +15,7 @@ from model.retinanet import RetinaNet
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.config import Normaliser, TrainConfig
 from training.distributed import Ranks
-from training.evaluate import ApReport
+from training.evaluation.average_precision import ApReport
 from training.exchange.finetune import freeze_stages, transfer
 from training.losses import loss_divisors
 from training.optimiser import build_optimiser, memory_format, update_average

@@ -63,7 +63,7 @@ def ap_with(
         found = to_original(found, canvas)
         scale = np.float32(picture.size[0] / pixels.shape[0])
         results += coco_results(picture.image_id, Detections(found.boxes * scale, found.scores, found.labels))
-    return average_precision(data_set.annotation_file, results, [p.image_id for p in data_set.pictures[:limit]]).ap
+    return average_precision(data_set, results, [p.image_id for p in data_set.pictures[:limit]]).ap
 
 
 def main() -> int:

@@ -103,7 +103,19 @@ def test_a_box_of_a_category_that_is_not_listed_is_refused(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = data_set(tmp_path, [box(1, 5, 5, 20, 20, category=4)])
-    assert "image 7: bad or missing 4" in refusal(["evaluate", "--data", data, "--model", checkpoint], capfd)
+    assert "annotation 1: category_id 4 is not among the categories" in refusal(
+        ["evaluate", "--data", data, "--model", checkpoint], capfd
+    )
+
+
+def test_a_validation_split_without_a_readable_picture_has_no_ap(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = data_set(tmp_path, [box(1, 5, 5, 20, 20)])
+    for file in (data / "images" / "val").iterdir():
+        file.write_bytes(b"no picture")
+    line = refusal(["evaluate", "--data", data, "--model", checkpoint, "--unreadable", "skip"], capfd)
+    assert "none of the pictures can be read" in line
 
 
 def test_a_checkpoint_of_another_class_count_is_refused(

@@ -27,7 +27,8 @@ from training.coco import CocoDataSet, load_coco
 from training.config import LossConfig, TrainConfig
 from training.data import load_batches
 from training.distributed import ALONE, Ranks, joined
-from training.evaluate import ApReport, Predictor, evaluate
+from training.evaluate import Predictor, evaluate
+from training.evaluation.average_precision import ApReport
 from training.state import new_state
 
 STEADY = replace(

@@ -66,7 +66,7 @@ def detections_near_the_truth(data_set: CocoDataSet, noise: float, seed: int) ->
 @pytest.mark.parametrize("noise", [0.0, 2.0, 6.0])
 def test_ap_is_pycocotools_own(data_set: CocoDataSet, noise: float) -> None:
     results = detections_near_the_truth(data_set, noise, seed=1)
-    report = average_precision(data_set.annotation_file, results, range(12))
+    report = average_precision(data_set, results, range(12))
     truth = COCO(str(data_set.annotation_file))
     truth.dataset["info"] = {}
     theirs = COCOeval(truth, truth.loadRes(results), "bbox")
@@ -195,6 +195,6 @@ def test_recall_at_1000_counts_what_comes_after_the_best_hundred(data_set: CocoD
         boxes = np.concatenate([wrong, picture.target.boxes])
         scores = np.linspace(1, 0.5, len(boxes), dtype=np.float32)
         results += coco_results(picture.image_id, Detections(boxes, scores, np.full(len(boxes), 4)))
-    report = average_precision(data_set.annotation_file, results, range(12), class_agnostic=True)
+    report = average_precision(without_classes(data_set), results, range(12))
     assert report.recall_100 == 0
     assert report.recall_1000 == pytest.approx(1.0)

@@ -25,7 +25,8 @@ from model.detector import Device
 from model.files import write_whole
 from training.coco import CocoDataSet, load_coco
 from training.config import TrainConfig, override
-from training.evaluate import ApReport, Predictor, choose_device, evaluate, open_predictor
+from training.evaluate import Predictor, choose_device, evaluate, open_predictor
+from training.evaluation.average_precision import ApReport
 from training.presets import PRESETS, PROPOSAL_LOSS, PROPOSALS
 from training.report.page import read_metrics
 from training.stopping import TrainingDiverged

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_whole
-from training.evaluate import ApReport
+from training.evaluation.average_precision import ApReport
 from training.report.anchor_fit import AnchorFit
 from training.report.plots import (
     FOUND,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from training.evaluate import ApReport
+from training.evaluation.average_precision import ApReport
 from training.report.anchor_fit import AnchorFit
 from training.report.validation import ShownPicture
 

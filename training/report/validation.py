@@ -19,7 +19,8 @@ from model.types import CanvasImage, Detections, Pixels
 from training.coco import CocoDataSet, Target
 from training.config import LossConfig, TrainConfig
 from training.distributed import Ranks
-from training.evaluate import ApReport, evaluate, torch_predictor
+from training.evaluate import evaluate, torch_predictor
+from training.evaluation.average_precision import ApReport
 from training.losses import retinanet_losses
 from training.transforms import TensorTarget
 

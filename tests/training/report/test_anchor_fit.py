@@ -13,7 +13,8 @@ from model.image import resized_size
 from model.metadata import Label, ResizePolicy
 from tests.support.tiny_training import write_tiny_data
 from training.__main__ import main
-from training.coco import CocoDataSet, Picture, Target
+from training.annotations.boxes import BoxCounts, Truth
+from training.coco import CocoDataSet, Picture
 from training.config import LossConfig
 from training.report.anchor_fit import best_anchors, canvas_objects, fit_anchors, typical_ratios
 
@@ -27,11 +28,16 @@ def data_set(boxes: Sequence[np.ndarray], size: tuple[int, int] = (300, 500)) ->
             index,
             Path(f"{index}.jpg"),
             size,
-            Target(each.astype(np.float32), np.zeros(len(each), np.int64), np.zeros((0, 4), np.float32)),
+            Truth(
+                np.concatenate([each[:, :2], each[:, 2:] - each[:, :2]], axis=1),
+                np.ones(len(each)),
+                np.zeros(len(each), np.int64),
+                np.zeros(len(each), np.bool_),
+            ),
         )
         for index, each in enumerate(boxes)
     ]
-    return CocoDataSet("train", Path("a.json"), (Label(1, "thing"),), pictures, 0)
+    return CocoDataSet("train", Path("a.json"), (Label(1, "thing"),), pictures, BoxCounts())
 
 
 def random_boxes(count: int, sides: tuple[float, float], ratio: float = 1.0, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]

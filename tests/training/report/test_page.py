@@ -114,7 +114,7 @@ def test_a_step_that_was_made_again_counts_as_it_came_last(tmp_path: Path) -> No
 def test_precision_by_recall_is_what_ap_is_the_mean_of(run: Finished) -> None:
     x1, y1, x2, y2 = run.validation_set.pictures[0].target.boxes[0].tolist()
     results = [{"image_id": 0, "category_id": 2, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": 0.9}]
-    report = average_precision(run.validation_set.annotation_file, results, [0, 1, 2])
+    report = average_precision(run.validation_set, results, [0, 1, 2])
     curve = report.precision[0, :, 0, 0]
     assert curve.mean() == pytest.approx(report.per_class["box"])
     assert curve.tolist() == pytest.approx([1] * 51 + [0] * 50)  # one of two objects is found

@@ -1,0 +1,143 @@
+"""COCO's average precision (Lin et al. 2014), by pycocotools, the reference implementation itself.
+
+In: a data set and results in COCO's format. Out: `ApReport`. What counts as true comes from the loaded data set, never
+from its file: so what is evaluated is what is taught. Where no box was clipped or dropped, the figures are pycocotools'
+own of the file.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from training.coco import CocoDataSet, Picture
+
+log = logging.getLogger(__name__)
+Results = list[dict[str, Any]]
+"""Detections as `model.types.coco_results` makes them."""
+COUNTED_DETECTIONS = [1, 10, 100, 1000]
+"""COCO's, and 1,000 for proposals: of each picture and class the best so many count, for AP the best 100."""
+
+
+@dataclass(frozen=True)
+class ApReport:
+    """Averages over IoU .50:.95 unless said; 0 to 1, or NaN where the data set has no such object."""
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    recall_100: float
+    """The share of objects found by the best 100 detections of a picture."""
+    recall_1000: float
+    recall_1000_by_size: tuple[float, float, float]
+    """small, medium, large"""
+    per_class: dict[str, float]
+    num_images: int
+    precision: np.ndarray[Any, Any] = field(repr=False, compare=False)
+    """[10 IoUs, 101 recalls, classes, 4 areas (all, small, medium, large)] at 100 detections; -1 where there is no such
+    object."""
+
+    def table(self) -> str:
+        rows = [
+            ("AP@[.50:.95]", self.ap),
+            ("AP50", self.ap50),
+            ("AP75", self.ap75),
+            ("AP small (< 32² px)", self.ap_small),
+            ("AP medium", self.ap_medium),
+            ("AP large (> 96² px)", self.ap_large),
+            ("recall at 100", self.recall_100),
+            ("recall at 1000", self.recall_1000),
+            *((f"AP {name}", value) for name, value in self.per_class.items()),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value:.4f}" for name, value in rows]
+        return "\n".join([*lines, f"{'pictures':<{width}}  {self.num_images}"])
+
+
+def average_precision(data_set: CocoDataSet, results: Results, image_ids: Sequence[int]) -> ApReport:
+    """Count the results of the pictures with these ids. An empty list is a detector that found nothing: AP 0.
+
+    In a class-agnostic data set the results' categories do not count: any box may find any object.
+    """
+    evaluation = _evaluated(data_set, results, image_ids)
+    figures = [float(figure) if figure >= 0 else float("nan") for figure in evaluation.stats]
+    precision = evaluation.eval["precision"][..., COUNTED_DETECTIONS.index(100)]
+    names = [label.label for label in data_set.labels]
+    per_class = {name: _mean(precision[:, :, column, 0]) for column, name in enumerate(names)}
+    ap, ap50, ap75, small, medium, large, _, _, recall_100, *_ = figures
+    of_any_size, *by_size = (_mean(evaluation.eval["recall"][:, :, size, -1]) for size in range(4))
+    recalls = recall_100, of_any_size, (by_size[0], by_size[1], by_size[2])
+    return ApReport(ap, ap50, ap75, small, medium, large, *recalls, per_class, len(image_ids), precision)
+
+
+def warn_of_crowding(data_set: CocoDataSet) -> None:
+    """Log how many pictures hold more objects of a class than COCO's AP counts detections."""
+    counted = COUNTED_DETECTIONS[-2]
+    objects = (picture.truth.columns[~picture.truth.crowds] for picture in data_set.pictures)
+    crowded = sum(len(columns) > counted and bool(np.bincount(columns).max() > counted) for columns in objects)
+    if crowded:
+        log.warning(
+            "%s: %d pictures have more than %d objects of one class; COCO's AP counts the best %d detections of a "
+            "class in a picture, so not even a perfect detector reaches 1",
+            data_set.annotation_file, crowded, counted, counted,
+        )  # fmt: skip
+
+
+def coco_truth(data_set: CocoDataSet, image_ids: Sequence[int]) -> dict[str, Any]:
+    """Make COCO's JSON of what is taught about these pictures, crowds too; annotation ids from 1, for pycocotools."""
+    chosen = set(image_ids)
+    pictures = [picture for picture in data_set.pictures if picture.image_id in chosen]
+    annotations = [annotation for picture in pictures for annotation in _annotations(picture, data_set)]
+    return {
+        "info": {},
+        "images": [{"id": p.image_id, "height": p.size[0], "width": p.size[1]} for p in pictures],
+        "annotations": [annotation | {"id": index} for index, annotation in enumerate(annotations, start=1)],
+        "categories": [{"id": label.class_id, "name": label.label} for label in data_set.labels],
+    }
+
+
+def _annotations(picture: Picture, data_set: CocoDataSet) -> Iterator[dict[str, Any]]:
+    truth = picture.truth
+    columns = zip(truth.boxes.tolist(), truth.areas.tolist(), truth.columns, truth.crowds.tolist(), strict=True)
+    for box, area, column, crowd in columns:
+        class_id = data_set.labels[column].class_id
+        yield {
+            "image_id": picture.image_id, "category_id": class_id, "bbox": box, "area": area, "iscrowd": int(crowd),
+        }  # fmt: skip
+
+
+def _evaluated(data_set: CocoDataSet, results: Results, image_ids: Sequence[int]) -> COCOeval:
+    if data_set.class_agnostic:  # pycocotools drops boxes of categories that it does not know, even where none counts
+        results = [result | {"category_id": data_set.labels[0].class_id} for result in results]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what we return
+        truth = _indexed(coco_truth(data_set, image_ids))
+        found = truth.loadRes(results) if results else _indexed(truth.dataset | {"annotations": []})
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.imgIds = list(image_ids)
+        evaluation.params.maxDets = COUNTED_DETECTIONS
+        evaluation.params.useCats = int(not data_set.class_agnostic)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _indexed(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco
+
+
+def _mean(precision: np.ndarray[Any, Any]) -> float:
+    valid = precision[precision > -1]
+    return float(valid.mean()) if valid.size else float("nan")
