@@ -156,7 +156,7 @@ class CudaLane:
             with self._device.copies:
                 return self._buffers.read(len(canvases))
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            self._device.close_failed(self._session, error)
+            self._device.close_failed(self._session, error, self._buffers)
             raise
         finally:
             self._end(self._session, self._buffers)

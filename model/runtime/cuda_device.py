@@ -125,13 +125,21 @@ class CudaDevice:
         if session.state == "open":
             session.idle.append(buffers)
 
-    def close_failed(self, session: ShapeSession, error: Exception) -> None:
-        """Close the session that failed; where memory was short, every idle one too: plans are cheap to make again."""
+    def close_failed(self, session: ShapeSession, error: Exception, buffers: Buffers | None) -> None:
+        """Close the session that failed; where memory was short, every idle one too: plans are cheap to make again.
+
+        The arena keeps what it took, in pieces of the sizes that were asked for, which another canvas may not fit
+        into: so it is shrunk then, through the `buffers` whose run failed, or through any.
+        """
+        is_short = is_out_of_memory(error)
         with self.changed:
             idle = [each for each in self._sessions if each.state == "open" and not each.in_use]
-            closing = [session, *(idle if is_out_of_memory(error) else [])]
-            dropped = [each.close() for each in closing]
+            closing = [session, *(idle if is_short else [])]
+            dropped = [each for closed in closing for each in closed.close()]
+        buffers = buffers or (dropped[0] if dropped else None)
         del dropped
+        if is_short and buffers is not None:
+            self._runner.submit(buffers.shrink_arena).result()
         traceback.clear_frames(error.__traceback__)  # else the session lives as long as its error
 
     def _open(

@@ -97,10 +97,9 @@ class Buffers:
             self._binding.bind_ortvalue_input(name, value)
         for name, value in self.outputs.items():
             self._binding.bind_ortvalue_output(name, value)
-        self._options = ort.RunOptions()
-        self._options.log_severity_level = 4  # as the session's
-        if memory == "cuda":
-            self._options.add_run_config_entry("gpu_graph_id", str(number + 1))  # without capture it means nothing
+        self._options, self._shrinking = _run_options(memory, number), _run_options(memory, number)
+        device = {"cpu": "cpu:0", "cuda": "gpu:0"}[memory]
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", device)
 
     def load(self, canvases: Sequence[CanvasImage]) -> None:
         """Lay the canvases into the first rows, and bring them to the device."""
@@ -114,6 +113,11 @@ class Buffers:
         """Return when the outputs are there. Raises ONNX Runtime's own exceptions."""
         self._session.run_with_iobinding(self._binding, self._options)
 
+    def shrink_arena(self) -> None:
+        """Give back what the arena holds and nothing uses: ONNX Runtime does so after a run, and if that fails too."""
+        with contextlib.suppress(Exception):  # ONNX Runtime's exceptions have no base of their own
+            self._session.run_with_iobinding(self._binding, self._shrinking)
+
     def read(self, count: int) -> list[NDArray[Any]]:
         """Return the outputs' first rows: copies, since the memory is used again."""
         outputs = list(self.outputs.values())
@@ -121,6 +125,14 @@ class Buffers:
             ort.copy_tensors(outputs, self._answers)
             outputs = self._answers
         return [output.numpy()[:count].copy() for output in outputs]
+
+
+def _run_options(memory: Memory, number: int) -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.log_severity_level = 4  # as the session's
+    if memory == "cuda":
+        options.add_run_config_entry("gpu_graph_id", str(number + 1))  # without capture it means nothing
+    return options
 
 
 def _fixed_sizes(node: ort.NodeArg) -> list[int]:
