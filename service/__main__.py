@@ -32,6 +32,7 @@ from service.api.uploads import Uploads
 from service.config import PROGRAM, Settings, parse_settings
 from service.core.decoders import Decoders
 from service.core.engine import Engine
+from service.core.memory import Budget, HeldBytes
 from service.core.store import ModelStore
 from service.gpu import sample_gpus
 from service.logs import error_line, start_logging
@@ -152,6 +153,10 @@ def build_service(
     """Make the parts of the service and start none. What is not given is made as the settings say."""
     metrics = Metrics()
     decode_threads = settings.decode_threads or available_cores()
+    budget = Budget.of(decode_threads)
+    logger.info("memory for requests: %d MiB, %d of it for bodies", budget.total >> 20, budget.bodies >> 20)
+    bodies = HeldBytes(min(settings.max_upload_bytes_in_flight, budget.bodies))
+    answers = HeldBytes(budget.answers)
     decoders = decoders or Decoders(decode_threads, metrics.decoders)
     default_opener = functools.partial(
         Detector,
@@ -174,6 +179,9 @@ def build_service(
         store,
         decoders,
         metrics,
+        budget=budget,
+        bodies=bodies,
+        answers=answers,
         queue_capacity=settings.queue_capacity,
         max_batch_delay_seconds=settings.max_batch_delay_seconds,
         runs_at_once=settings.runs_at_once or RUNS_AT_ONCE,
@@ -182,7 +190,7 @@ def build_service(
     )
     uploads = Uploads(
         max_image_bytes=settings.max_image_bytes,
-        max_bytes_in_flight=settings.max_upload_bytes_in_flight,
+        held=bodies,
         timeout_seconds=settings.upload_timeout_seconds,
     )
     service = Service(settings, metrics, store, engine, uploads)
@@ -199,6 +207,7 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
             BoundedProtocol,
             write_timeout_seconds=settings.write_timeout_seconds,
             keep_alive_seconds=settings.keep_alive_seconds,
+            answers=service.engine.answers,
         ),
         log_config=None,
         access_log=False,

@@ -77,7 +77,10 @@ class Settings(BaseSettings):
     max_image_bytes: ByteSize = Field(ByteSize(20 * MIB), gt=0, description="largest encoded image")
     max_image_pixels: int = Field(MAX_PIXELS, gt=0, description="largest image in pixels, width times height")
     max_upload_bytes_in_flight: ByteSize = Field(
-        ByteSize(256 * MIB), gt=0, description="bound on the bytes of all requests being received, and of one batch"
+        ByteSize(256 * MIB),
+        gt=0,
+        description="bound on the bytes of all requests being received or answered, and of one batch; at most an "
+        "eighth of the memory for requests, see docs/security.md",
     )
     upload_timeout_seconds: PositiveSeconds = Field(10, description="time for a request's body to arrive")
     write_timeout_seconds: PositiveSeconds = Field(

@@ -12,6 +12,8 @@ PictureFormat = Literal["png", "jpeg"]
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
 """By class id, in turn; white letters are readable on each."""
 JPEG_QUALITY = 90
+BYTES_PER_PIXEL = 3
+"""The most that an encoded drawing takes: noise as PNG."""
 MAX_JPEG_SIDE = 65_500
 """libjpeg's limit."""
 

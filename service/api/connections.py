@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.unread_answers import AnswerWatch
 from service.api.uploads import MalformedRequest
+from service.core.memory import HeldBytes
 from service.metrics import OTHER_METHOD
 
 PROTOCOL_ERROR = "protocol_error"
@@ -77,15 +78,17 @@ class BoundedProtocol(HttpToolsProtocol):
     _bytes_after_refusal: int | None = None
     """None: nothing was refused."""
 
-    def __init__(self, *, write_timeout_seconds: float = 30, keep_alive_seconds: float = 75, **of_uvicorn: Any) -> None:
+    def __init__(
+        self, *, write_timeout_seconds: float, keep_alive_seconds: float, answers: HeldBytes, **of_uvicorn: Any
+    ) -> None:
         super().__init__(**of_uvicorn)
         self.timeout_keep_alive = keep_alive_seconds  # type: ignore[assignment]  # uvicorn's own setting is whole
-        self._write_timeout_seconds = write_timeout_seconds
+        self._write_timeout_seconds, self._answers_held = write_timeout_seconds, answers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = Flow(transport, lambda: bool(self._unread))
-        self._answers = AnswerWatch(transport, self.loop, self._write_timeout_seconds)
+        self._answers = AnswerWatch(transport, self.loop, self._write_timeout_seconds, self._answers_held)
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -247,6 +250,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._answers.begin()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._answers.count()
 
     # The headers' deadline
 

@@ -13,8 +13,8 @@ what came and what is allowed. Exceptions are defined where they are raised:
     ├── InferenceFailed                                                                     model.detector
     ├── DeadlineExceeded                                                                    core.job
     └── Refusal: not now, and when to try again                                             core.refusals
-        ├── UploadsBusy                                                                     api.uploads
         ├── QueueFull                                                                       core.line
+        ├── MemoryFull                                                                      core.memory
         └── NotReady                                                                        core.store
 
 Every other exception is a bug. `client_closed_request` is for the log and the metrics: nobody is there to read it.
@@ -31,11 +31,11 @@ from service.api.uploads import (
     ClientGone,
     MalformedRequest,
     UnsupportedMediaType,
-    UploadsBusy,
     UploadTimeout,
 )
 from service.core.job import DeadlineExceeded
 from service.core.line import QueueFull
+from service.core.memory import MemoryFull
 from service.core.refusals import Refusal
 from service.core.store import NotReady
 from service.drawing import SideTooLong
@@ -81,7 +81,7 @@ PROBLEM_TYPES = {
     "invalid_parameter": ProblemType(422, "A query parameter is not valid", "invalid", (InvalidParameter,)),
     "invalid_image": ProblemType(422, "The image cannot be decoded", "invalid", (InvalidImage,)),
     "overloaded": ProblemType(
-        429, "The server is at its limit: try again later", "overloaded", (QueueFull, UploadsBusy)
+        429, "The server is at its limit: try again later", "overloaded", (QueueFull, MemoryFull)
     ),
     "headers_too_large": ProblemType(431, "The header fields are too large", "too_large", (HeadersTooLarge,)),
     "client_closed_request": ProblemType(499, "The client closed the connection", "cancelled", (ClientGone,)),

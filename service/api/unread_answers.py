@@ -9,6 +9,8 @@ import logging
 import sys
 import termios
 
+from service.core.memory import HeldBytes
+
 logger = logging.getLogger(__name__)
 
 LOOKS = 4
@@ -18,22 +20,37 @@ LOOKS = 4
 class AnswerWatch:
     """Looks after what a transport has not sent yet, from `begin` until there is nothing. For one connection."""
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, timeout_seconds: float) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, timeout_seconds: float, answers: HeldBytes
+    ) -> None:
+        """`answers`: where the bytes not sent yet are counted."""
         self._transport = transport
         self._loop = loop
         self._timeout_seconds = timeout_seconds
         self._next_look: asyncio.TimerHandle | None = None
         self._unsent_bytes = 0
+        self._answers = answers
+        self._counted_bytes = 0
         self._taken_at = 0.0
         """When the client took the last byte, as far as was seen; loop.time()."""
 
     def begin(self) -> None:
         """Watch, unless it does already or nothing is left to send."""
+        self.count()
         if self._next_look is None and self._transport.get_write_buffer_size():
             self._taken_at = self._loop.time()
             self._look_later()
 
+    def count(self) -> None:
+        """Count what is left now."""
+        self._change(self._transport.get_write_buffer_size())
+
+    def _change(self, bytes_left: int) -> None:
+        self._answers.change(bytes_left - self._counted_bytes)
+        self._counted_bytes = bytes_left
+
     def end(self) -> None:
+        self._change(0)
         if self._next_look is not None:
             self._next_look.cancel()
 
@@ -42,6 +59,7 @@ class AnswerWatch:
 
     def _look(self) -> None:
         self._next_look = None
+        self.count()
         held_bytes, now = self._transport.get_write_buffer_size(), self._loop.time()
         if not held_bytes:
             return

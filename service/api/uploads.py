@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from service.api.body.encodings import TRANSFER_ENCODINGS, decode_base64
 from service.api.body.large_json import LargeString, parse_json
 from service.api.body.multipart import MultipartParser
-from service.core.refusals import Refusal
+from service.core.memory import HeldBytes
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -46,12 +46,6 @@ class BodyTooLarge(Exception):
 
 class UploadTimeout(Exception):
     """The body did not arrive in time: send it faster, or again."""
-
-
-class UploadsBusy(Refusal):
-    """Too many bytes are being received at once: send it again later."""
-
-    retry_after_seconds = 1
 
 
 class ClientGone(Exception):
@@ -193,9 +187,9 @@ class MultipartImages:
 class Uploads:
     """Receives bodies. One for all requests, on the event loop."""
 
-    def __init__(self, *, max_image_bytes: int, max_bytes_in_flight: int, timeout_seconds: float) -> None:
+    def __init__(self, *, max_image_bytes: int, held: HeldBytes, timeout_seconds: float) -> None:
         self._max_image_bytes = max_image_bytes
-        self._max_bytes_in_flight = max_bytes_in_flight
+        self._held = held
         self._timeout_seconds = timeout_seconds
         self.bytes_in_flight = 0
 
@@ -205,13 +199,13 @@ class Uploads:
         """The images of the body, and the body's size in bytes. More than one image only as multipart. `json`: what
         reads a JSON body, where that is not {"image": "<base64>"}.
 
-        Raises MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, UploadsBusy, ClientGone.
+        Raises MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, MemoryFull, ClientGone.
         """
         form, max_body_bytes = self._form(headers, max_images, json)
         size = _content_length(headers)
         if size is not None and size > max_body_bytes:
             raise BodyTooLarge(f"the body has {size} bytes; {max_body_bytes} are allowed")
-        self._check_total(size or 0)  # before it takes the room that smaller ones still find
+        self._held.check((size or 0) - OVERHEAD_BYTES)  # before it takes the room that smaller ones still find
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 size = await self._feed(form, receive, max_body_bytes)
@@ -219,11 +213,11 @@ class Uploads:
             raise UploadTimeout(f"the body did not arrive within {self._timeout_seconds:g} s") from error
         if not form.takes_long:
             return form.finish(), size
-        self.bytes_in_flight += size  # until it is done
+        self._count(size)  # until it is done
         try:
             return await asyncio.to_thread(form.finish), size
         finally:
-            self.bytes_in_flight -= size
+            self._count(-size)
 
     def _form(self, headers: Headers, max_images: int, json: JsonImage | None) -> tuple[Form, int]:
         """The parser of this Content-Type, and how many bytes it may get."""
@@ -236,7 +230,7 @@ class Uploads:
                 raise MalformedRequest("the multipart Content-Type has no boundary")
             parts = MultipartImages(options[b"boundary"], max_images=max_images, max_image_bytes=self._max_image_bytes)
             most = int(max_images * self._max_image_bytes * ENCODED)
-            return parts, min(most, self._max_bytes_in_flight) + OVERHEAD_BYTES
+            return parts, min(most, self._held.limit) + OVERHEAD_BYTES
         if max_images > 1:
             raise UnsupportedMediaType(_expected(media_type, "multipart/form-data"))
         if media_type.startswith(b"image/") or media_type in (b"", b"application/octet-stream"):
@@ -258,19 +252,19 @@ class Uploads:
                     raise ClientGone("the connection was closed during the upload")
                 chunk = message.get("body", b"")
                 size += len(chunk)
-                self.bytes_in_flight += len(chunk)
+                self._count(len(chunk))
                 if size > max_body_bytes:
                     raise BodyTooLarge(f"the body has more than the {max_body_bytes} bytes allowed")
-                self._check_total()
+                self._held.check(-OVERHEAD_BYTES)
                 form.feed(chunk)
                 if not message.get("more_body", False):
                     return size
         finally:
-            self.bytes_in_flight -= size
+            self._count(-size)
 
-    def _check_total(self, more: int = 0) -> None:
-        if self.bytes_in_flight + more > self._max_bytes_in_flight + OVERHEAD_BYTES:
-            raise UploadsBusy(f"uploads in progress exceed {self._max_bytes_in_flight} bytes")
+    def _count(self, count: int) -> None:
+        self.bytes_in_flight += count
+        self._held.change(count)
 
 
 def _check_size(image: bytearray, max_image_bytes: int) -> None:

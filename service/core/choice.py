@@ -2,7 +2,8 @@
 
 `Waiting` is who waits for what; the line alone changes it, under its lock. `choose` looks at it.
 
-In this order: run where a lane is free; finish; decode or draw, the older job first. A batch: the oldest part leads,
+In this order: run where a lane is free; finish; decode or draw, the older job first among those that memory and the
+large ones leave room for. A batch: the oldest part leads,
 then the oldest others of its model and canvas. The device is busy with one model at a time; beside another run only a
 full batch starts, since who comes before that run ends can still join any other.
 """
@@ -23,8 +24,10 @@ from service.core.store import LoadedModel
 TURNS_AHEAD = 2
 """Canvases decoded ahead of the device, in all that it takes at once. To decode all at once that came at once would
 delay the first of them by the decoding of the last, and hold the pixels of all."""
-MAX_DECODED_BYTES = 512 * 2**20
-"""Canvases decoded ahead hold no more than this, unless a single one does."""
+LARGEST_SHARE = 15 / 16
+"""Of the memory for decoding: the rest is for small pictures, however large the one beside them is."""
+LARGE_BYTES = 256 * 2**20
+"""A picture whose decoding takes so much memory takes about half a second of it too, or more."""
 MAX_UNFINISHED_BATCHES = 2
 """No run starts while so many have run and are not answered."""
 
@@ -93,6 +96,12 @@ class Waiting:
     max_batch_delay_seconds: float = 0
     max_decode_bytes: float = inf
     """Memory of all that is decoded or drawn at once, unless a single picture takes more."""
+    max_decoded_bytes: float = inf
+    """Canvases decoded ahead hold no more than this, unless a single one does."""
+    large_bytes: int = LARGE_BYTES
+    """Pictures are large or small by the memory that decoding them takes."""
+    large_last: bool = False
+    """The last picture whose decoding or drawing began is a large one."""
     encoded: deque[Job] = field(default_factory=deque)
     ready: list[Part] = field(default_factory=list)
     """Parts to be run again come before all others."""
@@ -121,6 +130,8 @@ class Waiting:
     def begin(self, work: Work) -> None:
         """Take what was chosen out of those that wait."""
         self.under_way[work] = None
+        if isinstance(work, Decode) or (isinstance(work, Finish) and work.job.draws):
+            self.large_last = work.job.decode_bytes >= self.large_bytes
         if isinstance(work, Run):
             self._begin_run(work)
         elif isinstance(work, Decode):
@@ -200,17 +211,23 @@ def _batches(waiting: Waiting) -> Iterator[list[Part]]:
 
 
 def _decode_or_draw(waiting: Waiting) -> Job | None:
-    """The oldest job that a decoder takes next; one decodes, or draws, a part of all memory that they may take."""
+    """The job that a decoder takes next: the oldest that may. Large ones leave a decoder to the small, and where there
+    is but one, a small one comes after each."""
     decoding = [work.job for work in waiting.under_way if isinstance(work, Decode)]
     drawing = [work.job for work in waiting.under_way if isinstance(work, Finish) and work.job.draws]
-    if len(decoding) + len(drawing) >= waiting.decode_threads:
+    held = [min(job.decode_bytes, LARGEST_SHARE * waiting.max_decode_bytes) for job in decoding + drawing]
+    if len(held) >= waiting.decode_threads:
         return None
-    encoded = _is_next(waiting, len(decoding))
-    due = merge(waiting.drawings, waiting.encoded if encoded else (), key=lambda job: job.turn)
-    return _first_that_fits(due, [job.decode_bytes for job in decoding + drawing], waiting.max_decode_bytes)
+    encoded = waiting.encoded if _is_next(waiting, len(decoding)) else ()
+    due = list(merge(waiting.drawings, encoded, key=lambda job: job.turn))
+    small = [job for job in due if job.decode_bytes < waiting.large_bytes]
+    num_large = sum(job.decode_bytes >= waiting.large_bytes for job in decoding + drawing)
+    if num_large >= max(1, waiting.decode_threads - 1) or (waiting.large_last and small):
+        due = small
+    return _first_that_fits(due, held, waiting.max_decode_bytes)
 
 
-def _first_that_fits(due: Iterable[Job], held: Sequence[int], limit: float) -> Job | None:
+def _first_that_fits(due: Iterable[Job], held: Sequence[float], limit: float) -> Job | None:
     """The first, unless memory is short. While one large picture holds most of it, smaller ones pass those that must
     wait for it; else nobody passes, so that a large one gets its turn."""
     large = max(held, default=0) > limit / 2
@@ -228,7 +245,7 @@ def _is_next(waiting: Waiting, decoding: int) -> bool:
         return False
     model, ahead = waiting.encoded[0].model, len(waiting.ready) + decoding
     in_turn = TURNS_AHEAD * model.detector.lanes * model.max_batch_size + waiting.decode_threads
-    return not ahead or (ahead < in_turn and (ahead + 1) * model.canvas_bytes <= MAX_DECODED_BYTES)
+    return not ahead or (ahead < in_turn and (ahead + 1) * model.canvas_bytes <= waiting.max_decoded_bytes)
 
 
 def _order(part: Part) -> tuple[bool, int]:

@@ -20,13 +20,17 @@ from service.core.choice import Decode, End, Run, Work
 from service.core.decoders import Decoders
 from service.core.job import Detected, Finish, Job, Options, Part, Stopwatch
 from service.core.line import Line, QueueFull
-from service.core.memory import decode_bytes_allowed
+from service.core.memory import Budget, HeldBytes
+from service.core.refusals import Refusal
 from service.core.store import LoadedModel, ModelStore, NotReady
+from service.drawing import BYTES_PER_PIXEL as DRAWING_BYTES_PER_PIXEL
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_SELF_TEST = 3
+COPIES = 3
+"""Of its encoded bytes, while a picture is decoded."""
 
 
 class Engine:
@@ -38,6 +42,9 @@ class Engine:
         decoders: Decoders,
         metrics: Metrics,
         *,
+        budget: Budget,
+        bodies: HeldBytes,
+        answers: HeldBytes,
         queue_capacity: int,
         max_batch_delay_seconds: float,
         runs_at_once: int,
@@ -48,9 +55,11 @@ class Engine:
             capacity=queue_capacity,
             decode_threads=decode_threads,
             max_batch_delay_seconds=max_batch_delay_seconds,
-            max_decode_bytes=decode_bytes_allowed(decode_threads),
+            max_decode_bytes=budget.decoding,
+            max_decoded_bytes=budget.canvases,
         )
         self.decoders = decoders
+        self.bodies, self.answers = bodies, answers
         self._store = store
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
@@ -81,20 +90,39 @@ class Engine:
         self, images: Sequence[bytearray], model: LoadedModel, options: Options, finish: Finish, *,
         timeout_seconds: float, watch: Stopwatch, draws: bool = False,
     ) -> list[Job]:  # fmt: skip
-        """Admit all the images or none (QueueFull, NotReady). Call on the event loop; each job's future has its answer.
+        """Admit all the images or none (QueueFull, MemoryFull). Call on the event loop; a job's future has its answer.
 
         `draws`: the answers are drawings, see Job. A future fails with InvalidImage, TooManyPixels, InferenceFailed,
         DeadlineExceeded or NotReady; cancel jobs that nobody waits for.
         """
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + timeout_seconds
-        most, jobs = self._max_image_pixels, []
-        for data in images:
-            claim, future = claim_of(data), loop.create_future()
-            job = Job(data, model, options, deadline, watch.copy(), finish, draws, future)
-            job.max_pixels, job.decode_bytes = claim.pixels_allowed(most), claim.decode_bytes(most)
-            jobs.append(job)
-        self.line.admit(jobs, timeout_seconds)
+        jobs: list[Job] = []
+        try:
+            for data in images:
+                job = Job(data, model, options, deadline, watch.copy(), finish, draws, loop.create_future())
+                self._plan(job)
+                self._hold(job)
+                jobs.append(job)
+            self.line.admit(jobs, timeout_seconds)
+        except Refusal:
+            for job in jobs:
+                job.future.cancel()
+            raise
         return jobs
+
+    def _plan(self, job: Job) -> None:
+        """Set what its work may take, by what its file claims."""
+        claim = claim_of(job.data)
+        job.max_pixels = claim.pixels_allowed(self._max_image_pixels)
+        job.decode_bytes = claim.decode_bytes(self._max_image_pixels) + COPIES * len(job.data)
+        job.drawing_bytes = DRAWING_BYTES_PER_PIXEL * job.max_pixels if job.draws else 0
+
+    def _hold(self, job: Job) -> None:
+        """Count its bytes, and those of its drawing, until it is answered or nobody waits. MemoryFull: no room."""
+        if job.draws and self.answers.taken:
+            self.answers.check(job.drawing_bytes)
+        for held, count in ((self.bodies, len(job.data)), (self.answers, job.drawing_bytes)):
+            held.hold_until_done(job.future, count)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it: do none of the work not yet begun. Call on the event loop."""

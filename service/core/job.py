@@ -116,6 +116,8 @@ class Job:
     """The most that its reader may decode: what its file claims, if that is allowed."""
     decode_bytes: int = 0
     """The most memory that decoding or drawing so many takes."""
+    drawing_bytes: int = 0
+    """Room for its answer, where that is a drawing."""
 
     state: State = State.ENCODED
     turn: int = 0

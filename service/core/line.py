@@ -66,6 +66,7 @@ class Line:
         decode_threads: int,
         max_batch_delay_seconds: float = 0,
         max_decode_bytes: float = inf,
+        max_decoded_bytes: float = inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity = capacity
@@ -73,7 +74,7 @@ class Line:
         self._lock = threading.Lock()  # guards all that follows
         self._jobs: dict[Job, None] = {}  # those with a place
         self._first_deadline = inf  # none of them has an earlier one
-        self._waiting = Waiting(decode_threads, max_batch_delay_seconds, max_decode_bytes)
+        self._waiting = Waiting(decode_threads, max_batch_delay_seconds, max_decode_bytes, max_decoded_bytes)
         self._seated: list[Seat] = []
         self._rate = DrainRate()
         self._lost: Exception | None = None  # why nobody is served any more
@@ -144,9 +145,8 @@ class Line:
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            running = sum(len(run.parts) for run in self._waiting.runs)
-            encoded, ready = len(self._waiting.encoded), len(self._waiting.ready)
-            return Snapshot(len(self._jobs), encoded, ready, running, self._expected_wait())
+            waiting, running = self._waiting, sum(len(run.parts) for run in self._waiting.runs)
+            return Snapshot(len(self._jobs), len(waiting.encoded), len(waiting.ready), running, self._expected_wait())
 
     def oldest_step(self) -> tuple[str, float] | None:
         """Find what has been under way longest, "run", "decode" or "finish", and for how many seconds."""

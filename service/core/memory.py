@@ -1,16 +1,79 @@
-"""How much memory decoding may take."""
+"""How much memory requests may hold together: one figure, by the limit of the container, and its parts."""
 
+import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-BYTES_PER_DECODER = 450 * 2**20
-SHARE_OF_LIMIT = 0.4
-"""Share of the memory that this process may have; the rest is for the model, uploads and answers."""
+from service.core.refusals import Refusal
+
+SHARE_OF_LIMIT = 0.5
+"""Of the memory that this process may have; the rest is the service at rest, the model and its runs."""
+BYTES_PER_DECODER = 512 * 2**20
+MIN_DECODERS = 2
+"""One picture of 50 million pixels shall fit, however few decode."""
 
 
-def decode_bytes_allowed(decode_threads: int) -> int:
-    """Memory of all pictures that are decoded or drawn at once; one that needs more is decoded alone."""
-    return min(decode_threads * BYTES_PER_DECODER, int(SHARE_OF_LIMIT * memory_limit()))
+class MemoryFull(Refusal):
+    """Requests hold too many bytes at once: send it again later."""
+
+    retry_after_seconds = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that all requests may hold together, in parts. What needs more than its part is taken alone."""
+
+    total: int
+
+    @classmethod
+    def of(cls, decode_threads: int, limit: int | None = None) -> "Budget":
+        """`limit`: bytes that this process may have [the container's or the machine's]."""
+        by_limit = int(SHARE_OF_LIMIT * (memory_limit() if limit is None else limit))
+        return cls(min(by_limit, max(MIN_DECODERS, decode_threads) * BYTES_PER_DECODER))
+
+    @property
+    def bodies(self) -> int:
+        """Those that arrive, or wait to be decoded and answered."""
+        return self.total // 8
+
+    @property
+    def answers(self) -> int:
+        """Drawings from when they are asked for, and whatever its client has not read yet."""
+        return self.total // 8
+
+    @property
+    def canvases(self) -> int:
+        """Those decoded ahead of the device."""
+        return self.total // 32
+
+    @property
+    def decoding(self) -> int:
+        """Pictures being decoded or drawn."""
+        return self.total - self.bodies - self.answers - self.canvases
+
+
+class HeldBytes:
+    """Bytes of one kind that requests hold, of at most `limit`. On the event loop alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+
+    def change(self, count: int) -> None:
+        """Hold so many more, or fewer."""
+        self.taken += count
+
+    def hold_until_done(self, future: "asyncio.Future[Any]", count: int) -> None:
+        """Hold so many more until the future is done."""
+        self.change(count)
+        future.add_done_callback(lambda _: self.change(-count))
+
+    def check(self, more: int = 0) -> None:
+        """Raise MemoryFull if so many more do not fit."""
+        if self.taken + more > self.limit:
+            raise MemoryFull(f"requests hold {self.taken} of the {self.limit} bytes that they may hold")
 
 
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -15,8 +15,8 @@ from model.image import InvalidImage, TooManyPixels
 from service.api.errors import CODES, OUTCOME_OF_STATUS, PROBLEM_TYPES, Unauthorized, code_of, headers_of, problem_of
 from service.api.keys import InvalidKeys
 from service.api.schemas import Problem
-from service.api.uploads import UploadsBusy
 from service.core.line import QueueFull
+from service.core.memory import MemoryFull
 from service.core.refusals import Refusal
 from service.core.store import NotReady
 from service.metrics import Outcome
@@ -73,7 +73,7 @@ def test_what_failed_inside_is_not_told_to_the_client() -> None:
 
 def test_who_may_try_again_is_told_when() -> None:
     assert headers_of(QueueFull("x", 7)) == {"Retry-After": "7"}
-    assert int(headers_of(UploadsBusy("x"))["Retry-After"]) >= 1
+    assert int(headers_of(MemoryFull("x"))["Retry-After"]) >= 1
     assert int(headers_of(NotReady("x"))["Retry-After"]) >= 1
     assert headers_of(Unauthorized("x")) == {"WWW-Authenticate": "Bearer"}
     assert headers_of(InvalidImage("x")) == {}

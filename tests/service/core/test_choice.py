@@ -12,7 +12,7 @@ import pytest
 
 from model.detector import Lane
 from model.types import CanvasImage
-from service.core.choice import MAX_DECODED_BYTES, Decode, End, Finish, Run, Step, Wait, Waiting, Work, choose
+from service.core.choice import Decode, End, Finish, Run, Step, Wait, Waiting, Work, choose
 from service.core.job import Job, Options, Part, State, Stopwatch
 from service.core.store import LoadedModel
 
@@ -148,15 +148,20 @@ def of_n(scene: Scene, running: str, ready: str) -> Scene:
 
 
 def far_ahead(scene: Scene) -> Scene:
-    scene.m.__dict__["canvas_bytes"] = MAX_DECODED_BYTES // 2
+    scene.waiting.max_decoded_bytes, scene.m.__dict__["canvas_bytes"] = 100, 50
     return scene
 
 
 def memory(scene: Scene, *, limit: int = 100) -> Scene:
-    scene.waiting.max_decode_bytes = limit
-    scene.bytes = {"l": 60, "m": 60}
+    scene.waiting.max_decode_bytes, scene.waiting.large_bytes = limit, 50
+    scene.bytes = {"l": 60, "m": 60, "t": 1}
     for name, job in scene.jobs.items():
         job.decode_bytes = scene.bytes.get(name, 10)
+    return scene
+
+
+def after_a_large_one(scene: Scene) -> Scene:
+    memory(scene).waiting.large_last = True
     return scene
 
 
@@ -221,6 +226,12 @@ TABLE = [
     ),
     ("the largest of all is decoded alone", memory(s(), limit=50).encoded("l"), "decode l"),
     ("a drawing counts alike", memory(s().drawing("l")).encoded("mb"), "decode b"),
+    ("beside the largest there is room for a small one", memory(s().decoding("l"), limit=50).encoded("t"), "decode t"),
+    ("large ones leave a decoder to the small", memory(s().decoding("l"), limit=200).encoded("mb"), "decode b"),
+    ("they take all others", memory(s(decode_threads=3).decoding("l"), limit=200).encoded("mb"), "decode m"),
+    ("the only decoder is for the large too", memory(s(decode_threads=1)).encoded("lb"), "decode l"),
+    ("and then for a small one", after_a_large_one(s(decode_threads=1)).encoded("lb"), "decode b"),
+    ("or for the next, if no small one waits", after_a_large_one(s(decode_threads=1)).encoded("lm"), "decode l"),
     # Reload: the device is busy, not a model.
     ("runs of two models are never together", of_n(s(2), running="ab", ready="cd"), "wait"),
     ("the old model's jobs run first", s().ready("ab").ready("c"), "run ab"),
