@@ -31,7 +31,7 @@ Outcome = Literal[
     "ok", "invalid", "too_large", "unsupported", "overloaded", "timeout", "cancelled", "unavailable", "error"
 ]
 DEVICE_ERROR_KINDS = ("oom", "cuda", "other")
-KILL_REASONS = ("deadline", "cancelled", "died")
+KILL_REASONS = ("deadline", "cancelled", "cpu", "died")
 RELOAD_OUTCOMES = ("success", "failure")
 OTHER_METHOD = "<other>"
 UNMATCHED = "<unmatched>"

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from model.metadata import ResizePolicy
-from model.runtime.session import CPU, RUNS_AT_ONCE, blank_canvas, open_session, session_options
+from model.runtime.session import CPU, RUNS_AT_ONCE, blank_canvas, open_session, run_options, session_options
 from model.types import CanvasImage
 
 LARGE_MODEL_BYTES = 64 * 2**20
@@ -23,7 +23,9 @@ LARGE_MODEL_BYTES = 64 * 2**20
 class Session(Protocol):
     """The part of ort.InferenceSession that is used."""
 
-    def run(self, output_names: None, input_feed: dict[str, Any]) -> list[NDArray[Any]]: ...
+    def run(
+        self, output_names: None, input_feed: dict[str, Any], run_options: ort.RunOptions | None
+    ) -> list[NDArray[Any]]: ...
 
 
 class CpuRuntime:
@@ -92,7 +94,7 @@ class CpuLane:
             pixels = [canvas.pixels for canvas in canvases]
             images = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)  # a single canvas is not copied
             sizes = np.array([canvas.size for canvas in canvases], np.int64)
-            return self.session.run(None, {"images": images, "sizes": sizes})
+            return self.session.run(None, {"images": images, "sizes": sizes}, run_options())
         finally:
             self._free(self)
 

@@ -5,6 +5,7 @@ A `Lane` is a permit for one batch. `Runtime.free_lane` takes it; its run ends i
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,35 @@ OUT_OF_MEMORY = re.compile(
     "out of memory|failed to allocate|smaller than requested bytes|ALLOC_FAILED|bad_alloc|CUDA failure 2:",
     re.IGNORECASE,
 )
+
+
+class Stopper:
+    """Ends, from any thread, the runs that the thread which entered it makes: a model being warmed up, and stuck.
+
+    A run ends before its next node. A session that is being opened cannot be stopped: ONNX Runtime looks at no flag
+    while it folds constants.
+    """
+
+    def __init__(self) -> None:
+        self._options = ort.RunOptions()
+        self._options.log_severity_level = 4  # as the session's
+
+    def stop(self) -> None:
+        self._options.terminate = True
+
+    def __enter__(self) -> None:
+        _run_options.value = self._options
+
+    def __exit__(self, *_: object) -> None:
+        _run_options.value = None
+
+
+_run_options = threading.local()
+
+
+def run_options() -> ort.RunOptions | None:
+    """Return those by which this thread's runs can be stopped, if it has entered a Stopper."""
+    return getattr(_run_options, "value", None)
 
 
 class DeviceUnavailable(RuntimeError):

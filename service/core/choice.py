@@ -25,7 +25,7 @@ TURNS_AHEAD = 2
 """Canvases decoded ahead of the device, in all that it takes at once. To decode all at once that came at once would
 delay the first of them by the decoding of the last, and hold the pixels of all."""
 LARGEST_SHARE = 15 / 16
-"""Of the memory for decoding: the rest is for small pictures, however large the one beside them is."""
+"""Share of the memory for decoding: the rest is for small pictures, however large the one beside them is."""
 LARGE_BYTES = 256 * 2**20
 """A picture whose decoding takes so much memory takes about half a second of it too, or more."""
 MAX_UNFINISHED_BATCHES = 2

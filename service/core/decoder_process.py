@@ -19,7 +19,8 @@ import struct
 import sys
 import threading
 from dataclasses import asdict, dataclass
-from time import perf_counter
+from math import ceil
+from time import monotonic, perf_counter, process_time
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ from service.drawing import PictureFormat, draw, encode_picture
 
 LENGTH = struct.Struct("<I")
 MAX_TEXT = 1000
+MIN_SECONDS = 0.05
+"""A timeout of 0 would mean not to wait at all."""
 MAX_REQUEST_BYTES = 2**32 - 1
 """The parent is trusted: what can be announced."""
 MAX_ANSWER_BYTES = 64 * 1024
@@ -53,6 +56,10 @@ class Drawing:
 class Request:
     size: int
     max_pixels: int
+    memory_bytes: int
+    """It may take so much more than at rest,"""
+    cpu_seconds: float
+    """and so many of all its threads."""
     resize: tuple[int, int, int] | None = None
     """A canvas is wanted: shorter side, longest side, divisor."""
     drawing: Drawing | None = None
@@ -75,16 +82,27 @@ class Answer:
 def main(descriptor: int, memory_bytes: int) -> None:
     threading.Thread(target=_end_with_parent, args=[descriptor], daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to act on
-    limit = _address_space() + memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    at_rest = _address_space()
+    resource.setrlimit(resource.RLIMIT_AS, (at_rest + memory_bytes, at_rest + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=descriptor) as connection:
         while (header := receive_json(connection, MAX_REQUEST_BYTES)) is not None:
             request = _request(header)
-            data = bytearray(request.size)
-            receive_into(connection, memoryview(data))
-            answer, payload = respond(request, bytes(data))
+            _limit(resource.RLIMIT_AS, at_rest + min(request.memory_bytes, memory_bytes))
+            _limit(resource.RLIMIT_CPU, ceil(process_time() + request.cpu_seconds))
+            answer, payload = respond(request, _receive(connection, request.size))
             send(connection, answer, payload)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Set the soft limit, which the next picture may need higher."""
+    resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    receive_into(connection, memoryview(data))
+    return bytes(data)
 
 
 def _end_with_parent(descriptor: int) -> None:
@@ -137,24 +155,28 @@ def send(connection: socket.socket, header: "Request | Answer", payload: "bytes 
     connection.sendall(payload)
 
 
-def receive_json(connection: socket.socket, max_bytes: int) -> dict[str, Any] | None:
+def receive_json(connection: socket.socket, max_bytes: int, deadline: float | None = None) -> dict[str, Any] | None:
     """None: the other end has closed. ValueError: what it announces is longer, or no JSON."""
     head = bytearray(LENGTH.size)
-    if not receive_into(connection, memoryview(head)):
+    if not receive_into(connection, memoryview(head), deadline):
         return None
     [length] = LENGTH.unpack(head)
     if length > max_bytes:
         raise ValueError(f"{length} bytes of JSON; at most {max_bytes} are taken")
     text = bytearray(length)
-    receive_into(connection, memoryview(text))
+    receive_into(connection, memoryview(text), deadline)
     values: dict[str, Any] = json.loads(text)
     return values
 
 
-def receive_into(connection: socket.socket, buffer: memoryview) -> bool:
+def receive_into(connection: socket.socket, buffer: memoryview, deadline: float | None = None) -> bool:
     """Fill the buffer; False: the other end has closed."""
     while buffer:
+        if deadline is not None:  # of all of it: a timeout is one of each piece
+            connection.settimeout(max(deadline - monotonic(), MIN_SECONDS))
         count = connection.recv_into(buffer)
+        if deadline is not None and monotonic() > deadline:
+            raise TimeoutError
         if not count:
             return False
         buffer = buffer[count:]

@@ -8,6 +8,7 @@ never outlives its answer. What comes out of a child is checked before it is use
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -36,10 +37,23 @@ POLL_SECONDS = 0.05
 MEMORY_BYTES = 1200 * 2**20
 """Memory of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
 MAX_DRAWING_BYTES = 512 * 2**20
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""A large picture's blocks go back to the system when they are freed, where glibc would keep them in the heap; and no
-child starts a thread for each core."""
-KillReason = Literal["deadline", "cancelled", "died"]
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""A large picture's blocks go back to the system when they are freed, where glibc would keep them in the heap, and no
+address space is set aside for each thread; and no child starts a thread for each core."""
+LEAST_BYTES = 192 * 2**20
+"""Room for what takes memory however small the picture is: code, tables, and what comes of the encoded bytes."""
+LEAST_SECONDS, SECONDS_PER_PIXEL = 5, 0.5e-6
+"""CPU seconds of a decode: ten times what the dearest legal pictures take."""
+DRAWING_TAKES = 2
+"""Times as long as decoding alone; drawing 5,000 boxes onto the largest picture takes 7 s."""
+KillReason = Literal["deadline", "cancelled", "cpu", "died"]
+TOO_DEAR = "the decoder broke on this picture: it is damaged, or takes too much memory"
+REFUSALS = {"died": TOO_DEAR, "cpu": "the picture takes more time to decode than one of its size should"}
 ANSWER = TypeAdapter(Answer)
 
 
@@ -79,7 +93,7 @@ class Decoders:
     def canvas(self, job: Job, resize: ResizePolicy) -> CanvasImage:
         """Decode and resize the job's picture. Raises InvalidImage, TooManyPixels, DeadlineExceeded."""
         policy = resize.shorter_side, resize.longest_side, resize.divisor
-        answer, payload = self._ask(job, Request(len(job.data), job.max_pixels, resize=policy))
+        answer, payload = self._ask(job, self._request(job, resize=policy))
         height, width = answer.canvas_size
         if (height, width) != canvas_size(*answer.original_size, resize) or len(payload) != height * width * 3:
             raise InvalidImage("the decoder's answer makes no sense")
@@ -98,16 +112,26 @@ class Decoders:
             detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(),
             {str(label): name for label, name in names.items()}, picture_format,
         )  # fmt: skip
-        _, payload = self._ask(job, Request(len(job.data), job.max_pixels, drawing=drawing))
+        _, payload = self._ask(job, self._request(job, drawing=drawing))
         return bytes(payload)
+
+    def _request(
+        self, job: Job, *, resize: tuple[int, int, int] | None = None, drawing: Drawing | None = None
+    ) -> Request:
+        """Allow what a picture of this claim may take."""
+        memory_bytes = min(self._memory_bytes, job.decode_bytes + LEAST_BYTES)
+        cpu_seconds = LEAST_SECONDS + SECONDS_PER_PIXEL * job.max_pixels
+        if drawing is not None:
+            cpu_seconds *= DRAWING_TAKES
+        return Request(len(job.data), job.max_pixels, memory_bytes, cpu_seconds, resize, drawing)
 
     def _ask(self, job: Job, request: Request) -> tuple[Answer, bytearray]:
         child = self._idle_child()
         outcome = child.ask(request, job)
         if isinstance(outcome, str):
             self._replace(child, outcome)
-            if outcome == "died":
-                raise InvalidImage("the decoder broke on this picture: it is damaged, or takes too much memory")
+            if outcome in REFUSALS:
+                raise InvalidImage(REFUSALS[outcome])
             raise DeadlineExceeded("the picture was not decoded in time")
         answer, payload = outcome
         self._idle.put(child)
@@ -164,15 +188,22 @@ class _Child:
             send(self._connection, request, job.data)
             if (reason := self._wait(job)) is not None:
                 return reason
-            answer = ANSWER.validate_python(receive_json(self._connection, MAX_ANSWER_BYTES))
-            if answer.size > MAX_DRAWING_BYTES:
-                return "died"
-            payload = bytearray(answer.size)
-            return (answer, payload) if receive_into(self._connection, memoryview(payload)) else "died"
+            answer = ANSWER.validate_python(receive_json(self._connection, MAX_ANSWER_BYTES, job.deadline))
+            payload = bytearray(min(answer.size, MAX_DRAWING_BYTES + 1))
+            if len(payload) <= MAX_DRAWING_BYTES and receive_into(self._connection, memoryview(payload), job.deadline):
+                return answer, payload
         except TimeoutError:
             return "deadline"
         except (OSError, ValueError):
-            return "died"
+            pass
+        return self._why_it_died()
+
+    def _why_it_died(self) -> KillReason:
+        """After it has closed its socket, or sent what makes no sense."""
+        with suppress(subprocess.TimeoutExpired):
+            if self._process.wait(POLL_SECONDS) == -signal.SIGXCPU:
+                return "cpu"
+        return "died"
 
     def _wait(self, job: Job) -> KillReason | None:
         """Until the answer comes; why nobody needs it any more."""

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_SELF_TEST = 3
 COPIES = 3
-"""Of its encoded bytes, while a picture is decoded."""
+"""Times that a picture's encoded bytes are in memory while it is decoded."""
 
 
 class Engine:

@@ -9,7 +9,7 @@ from typing import Any
 from service.core.refusals import Refusal
 
 SHARE_OF_LIMIT = 0.5
-"""Of the memory that this process may have; the rest is the service at rest, the model and its runs."""
+"""Share of the memory that this process may have; the rest is the service at rest, the model and its runs."""
 BYTES_PER_DECODER = 512 * 2**20
 MIN_DECODERS = 2
 """One picture of 50 million pixels shall fit, however few decode."""

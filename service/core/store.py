@@ -1,10 +1,10 @@
 """The model that serves, and its replacement while it serves.
 
 One thread, "model loader", has the file opened, verified and warmed up aside, and only then swaps it in by one
-assignment. It waits for that no longer than a deadline: a thread of its own opens each file, and one that is stuck is
-left behind. Jobs hold on to the `LoadedModel` they began with, so batches in flight finish on the old one. A bad file
-leaves the old one serving. The loader looks for a changed file (the same over two polls, so half-copied files are left
-alone), tries one that failed again (`wanted`), and reloads on request.
+assignment. It waits for that no longer than a deadline: a thread of its own opens each file; one that is stuck is told
+to end, and its file not tried again before that. Jobs hold on to the `LoadedModel` they began with, so batches in
+flight finish on the old one. A bad file leaves the old one serving. The loader looks for a changed file (the same over
+two polls, so half-copied files are left alone), tries one that failed again (`wanted`), and reloads on request.
 """
 
 import logging
@@ -13,21 +13,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from model.detector import Detector, DeviceUnavailable, InferenceFailed
-from model.files import stamp_of
+from model.files import Stamp, stamp_of
 from model.metadata import InvalidModel
+from model.runtime.session import Stopper
 from service.core.refusals import Refusal
 from service.core.wanted import FIRST_RETRY_SECONDS, Wanted
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
 
 
 class NotReady(Refusal):
@@ -53,6 +51,10 @@ class LoadedModel:
     def canvas_bytes(self) -> int:
         """The most that the canvas of one picture takes."""
         return math.prod(self.detector.metadata.resize.largest_canvas) * 3
+
+
+Loaded = tuple[LoadedModel, float, float]
+"""The model, and the seconds that opening and warming it up took."""
 
 
 class ModelStore:
@@ -84,6 +86,8 @@ class ModelStore:
         self._last_failure = ""
         """Logged already."""
         self.current: LoadedModel | None = None
+        self._stuck: dict[Stamp, Future[Loaded]] = {}
+        """Openings that have not ended: a file is not tried again meanwhile, for each try would leave a thread."""
         self.device_fault: str | None = None
         """The reason why the device can serve no more, for the rest of the process's life."""
 
@@ -111,10 +115,15 @@ class ModelStore:
 
     def load(self) -> None:
         """Replace the model. Raises what is FORESEEN, and leaves it as it was."""
-        self.current, load_seconds, warmup_seconds = _in_time(self._open, self._load_timeout_seconds)
+        stamp = stamp_of(self._path)
+        if stamp in self._stuck and not self._stuck[stamp].done():
+            raise TimeoutError("the model is still stuck in being opened, and is not tried again before that ends")
+        opening = Opening(self._open)
+        self._stuck = {file: each for file, each in self._stuck.items() if not each.done()} | {stamp: opening.outcome}
+        self.current, load_seconds, warmup_seconds = opening.result(self._load_timeout_seconds)
         self._report(self.current, load_seconds, warmup_seconds)
 
-    def _open(self) -> tuple[LoadedModel, float, float]:
+    def _open(self) -> Loaded:
         """The model, and the seconds that opening and warming it up took."""
         started = time.perf_counter()
         detector = self._open_detector(self._path)
@@ -198,20 +207,28 @@ class ModelStore:
                     wanted.failed(stamp, time.monotonic())
 
 
-def _in_time(call: Callable[[], Value], seconds: float | None) -> Value:
-    """Do what `call` does, on a thread of its own. TimeoutError: it takes longer, and is left to itself."""
-    outcome: Future[Value] = Future()
+@dataclass(frozen=True)
+class Opening:
+    """A call on a thread of its own, which nobody waits for longer than a time."""
 
-    def run() -> None:
+    call: Callable[[], "Loaded"]
+    stopper: Stopper = field(default_factory=Stopper)
+    outcome: "Future[Loaded]" = field(default_factory=Future)
+
+    def result(self, seconds: float | None) -> "Loaded":
+        """Return or raise what `call` does. TimeoutError: it takes longer; it is told to end, and left to itself."""
+        threading.Thread(target=self._run, name=OPENER, daemon=True).start()
         try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
+            return self.outcome.result(seconds)
+        except TimeoutError as error:
+            if self.outcome.done():  # its own
+                raise
+            self.stopper.stop()
+            raise TimeoutError(f"the model was not loaded and warmed up within {seconds:g} s") from error
 
-    threading.Thread(target=run, name=OPENER, daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError as error:
-        if outcome.done():  # its own
-            raise
-        raise TimeoutError(f"the model was not loaded and warmed up within {seconds:g} s") from error
+    def _run(self) -> None:
+        try:
+            with self.stopper:
+                self.outcome.set_result(self.call())
+        except BaseException as error:
+            self.outcome.set_exception(error)

@@ -70,13 +70,13 @@ def write_nan_model(path: Path) -> ModelMetadata:
     return metadata
 
 
-def write_hanging_model(path: Path) -> ModelMetadata:
-    """Write a tiny model that comes back from a white picture after many minutes."""
+def write_hanging_model(path: Path, *, on_white: bool = True) -> ModelMetadata:
+    """Write a tiny model that comes back from a white picture, or from any other, after many minutes."""
     metadata = ModelMetadata(name="hanging", labels=SHAPES, architecture="4x4 colours", resize=SMALL)
     constants = {
         "nearly_white": np.array(0.999, np.float32),
-        "large_side": np.array([4000]),
-        "one_side": np.array([1]),
+        "large_side": np.array([4000 if on_white else 1]),
+        "one_side": np.array([1 if on_white else 4000]),
         "work_naught": np.array(0, np.float32),
     }
     onnx.save(with_nodes(tiny_graph(metadata, seed=0), hang_on_white(), constants), path)

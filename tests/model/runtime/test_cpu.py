@@ -24,7 +24,7 @@ class HandSession:
         self.gate.set()
         self.error: Exception | None = None
 
-    def run(self, output_names: None, input_feed: dict[str, Any]) -> list[np.ndarray]:
+    def run(self, output_names: None, input_feed: dict[str, Any], run_options: object) -> list[np.ndarray]:
         self.inputs.append(input_feed)
         assert self.gate.wait(20)
         if self.error is not None:

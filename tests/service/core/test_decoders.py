@@ -5,23 +5,28 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from model.image import InvalidImage, TooManyPixels, decode_image, to_canvas
+from model.formats.claim import claim_of
+from model.image import MAX_PIXELS, InvalidImage, TooManyPixels, decode_image, to_canvas
 from model.types import CanvasImage, Detections
-from service.core.decoder_process import MAX_ANSWER_BYTES, receive_json
+from service.core.decoder_process import MAX_ANSWER_BYTES, receive_into, receive_json
 from service.core.decoders import Decoders
 from service.core.job import DeadlineExceeded, Job, Options, Stopwatch
 from service.core.store import LoadedModel
 from service.drawing import draw, encode_picture
 from service.metrics import DecoderMetrics
+from tests.support.pictures import encode
 from tests.support.serving import SMALL, FakeDetector, picture, wait_until
 
 NO_CANDIDATES = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
@@ -71,6 +76,7 @@ def job_of(data: bytes, *, seconds: float = 60) -> Job:
         lambda *_: None,
         False,
         cast("Any", None),
+        decode_bytes=claim_of(data).decode_bytes(MAX_PIXELS),
     )
 
 
@@ -141,6 +147,42 @@ def test_a_picture_that_takes_too_much_memory_is_refused(kills: Kills) -> None:
         assert canvas(small, job_of(picture())).original_size == (64, 80)
     finally:
         small.close()
+
+
+def test_a_picture_takes_no_more_memory_than_was_planned_for_it(decoders: Decoders, kills: Kills) -> None:
+    job = job_of(slow_picture())
+    job.decode_bytes = 0
+    with pytest.raises(InvalidImage, match="memory"):
+        canvas(decoders, job)
+    assert canvas(decoders, job_of(slow_picture())).original_size == (6000, 6000), "the next may take more"
+    assert kills == []
+
+
+def test_a_picture_takes_no_more_cpu_time_than_one_of_its_size_should(
+    decoders: Decoders, kills: Kills, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.core.decoders.LEAST_SECONDS", 0)
+    job = job_of(encode(Image.new("RGB", (7000, 7000)), "JPEG", progressive=True))
+    job.max_pixels = 49_000_000
+    monkeypatch.setattr("service.core.decoders.SECONDS_PER_PIXEL", 0)
+    with pytest.raises(InvalidImage, match="more time"):
+        canvas(decoders, job)
+    assert kills == ["cpu"]
+
+
+def test_an_answer_that_dribbles_is_late_as_a_whole() -> None:
+    ours, theirs = socket.socketpair()
+    over = threading.Event()
+
+    def dribble() -> None:
+        while not over.wait(0.02):
+            theirs.send(b"x")
+
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        pool.submit(dribble)
+        with pytest.raises(TimeoutError):
+            receive_into(ours, memoryview(bytearray(10_000)), time.monotonic() + 0.2)
+        over.set()
 
 
 def test_a_child_that_dies_is_replaced_and_its_picture_refused(

@@ -6,14 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from model.detector import DeviceUnavailable, InferenceFailed
+from model.detector import Detector, DeviceUnavailable, InferenceFailed
 from model.metadata import InvalidModel
 from service.core.store import ModelStore, NotReady
 from service.metrics import Metrics
+from tests.support.faulty_models import write_hanging_model
 from tests.support.serving import FakeDetector, wait_until
 
 
@@ -165,6 +167,34 @@ def test_a_warm_up_without_end_is_a_load_without_end(path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
         store.load()
     gate.set()
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_is_given_up_ends(path: Path) -> None:
+    write_hanging_model(path, on_white=False)
+    store = ModelStore(path, partial(Detector, device="cpu", threads=1), Metrics(), load_timeout_seconds=1)
+    with pytest.raises(TimeoutError):
+        store.load()
+    wait_until(lambda: not store.is_opening)
+
+
+def test_a_file_is_not_tried_again_while_it_is_stuck_in_being_opened(path: Path) -> None:
+    gate, opened = threading.Event(), []
+
+    def open_detector(path: Path) -> FakeDetector:
+        opened.append(path)
+        gate.wait(30)
+        return FakeDetector()
+
+    store, _ = make_store(path, open_detector, load_timeout_seconds=0.1)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            store.load()
+    assert len(opened) == 1
+    gate.set()
+    wait_until(lambda: not store.is_opening)
+    store.load()
+    assert len(opened) == 2
 
 
 def test_a_changed_file_is_loaded_by_itself_and_a_bad_one_is_tried_once(path: Path) -> None:
