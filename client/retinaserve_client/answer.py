@@ -104,7 +104,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where a call says nothing."""
+    """Defaults where a call says nothing."""
 
     score_threshold: float
     nms_threshold: float

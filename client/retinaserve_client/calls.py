@@ -1,4 +1,4 @@
-"""What is sent for each method, and how its answer is read: the same for both clients."""
+"""Requests of each method, and how its answer is read: the same for both clients."""
 
 import uuid
 from collections.abc import Callable, Iterable
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 
 class Options(TypedDict, total=False):
-    """What a detection may ask for; None, or nothing, leaves it to the service."""
+    """Options of a detection; None, or nothing, leaves it to the service."""
 
     score_threshold: float | None
     """Keep detections that score more, in [0, 1]."""
     nms_threshold: float | None
-    """Of two boxes of one class with a larger IoU drop the lower scoring one, in [0, 1]."""
+    """IoU above which of two boxes of one class the lower scoring one is dropped, in [0, 1]."""
     max_detections: int | None
     """Keep the best, 1…5000."""
     labels: Iterable[str] | str | None
@@ -76,7 +76,7 @@ def ready_call() -> Call[object]:
 
 
 def is_ready(outcome: Outcome, request_id: str) -> bool:
-    """Whether that answer of `ready_call` is yes. DetectError: it is neither yes nor no."""
+    """Tell whether that answer of `ready_call` is yes. DetectError: it is neither yes nor no."""
     if isinstance(outcome, httpx.TransportError) and not isinstance(outcome, NEVER_SENT):
         return False
     if isinstance(outcome, httpx.Response) and outcome.status_code in (200, 502, 503):

@@ -81,13 +81,13 @@ def seconds_before_repeating(outcome: Outcome, attempt: int) -> float | None:
 
 
 def was_lost(response: httpx.Response) -> bool:
-    """Whether a proxy answers that it lost the replica: 502, or the plain-text 500 of Ray Serve."""
+    """Tell whether a proxy answers that it lost the replica: 502, or the plain-text 500 of Ray Serve."""
     is_plain = response.headers.get("content-type", "").startswith("text/plain")
     return response.status_code == 502 or (response.status_code == 500 and is_plain)
 
 
 def retry_after_seconds(response: httpx.Response) -> float | None:
-    """What `Retry-After` says, in seconds or as a date; None: it says nothing that is understood."""
+    """Read what `Retry-After` says, in seconds or as a date; None: it says nothing that is understood."""
     text = response.headers.get("retry-after", "")
     try:
         return max(0.0, float(text))

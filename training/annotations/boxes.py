@@ -141,7 +141,7 @@ def _kept(box: XyWh, size: tuple[int, int], annotation: Fields, counts: BoxCount
 
 
 def _is_lost(box: XyWh) -> bool:
-    """Whether float32, in which networks compute, does not hold its sides."""
+    """Tell whether float32, in which networks compute, does not hold its sides."""
     return any(
         abs(float(np.float32(low + side)) - float(np.float32(low)) - side) > LOST_BY_ROUNDING * side
         for low, side in ((box[0], box[2]), (box[1], box[3]))

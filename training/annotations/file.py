@@ -100,7 +100,7 @@ def _image(
 
 
 def is_storable(name: str) -> bool:
-    """Whether a file can have the name: no NUL, no half of a surrogate pair."""
+    """Tell whether a file can have the name: no NUL, no half of a surrogate pair."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

@@ -38,7 +38,7 @@ PAGE_HEADERS = HEADERS | {
 
 
 def is_playground(method: str, path: str) -> bool:
-    """Whether the request is for the page or one of its files, which need no key."""
+    """Tell whether the request is for the page or one of its files, which need no key."""
     return method in ("GET", "HEAD") and (path == INDEX or path.startswith(f"{FILES}/"))
 
 
@@ -59,7 +59,7 @@ async def _index(request: Request, *, page: bytes | None) -> Response:
 
 
 def _prefers_json(accept: str) -> bool:
-    """Whether this Accept header names JSON and ranks it above HTML; `*/*` gets the page."""
+    """Tell whether this Accept header names JSON and ranks it above HTML; `*/*` gets the page."""
     quality = qualities(accept)
     html = next((quality[name] for name in ("text/html", "text/*", "*/*") if name in quality), 0.0)
     json = quality.get("application/json", 0.0)
