@@ -44,6 +44,11 @@ class Playground:
         self.page.on("request", self._sent)
         self.page.goto(self.url)
 
+    def close(self) -> None:
+        """Close the page, about which there must be nothing to complain."""
+        self.page.close()
+        assert self.complaints == []
+
     @property
     def status(self) -> Locator:
         return self.page.get_by_role("status")
@@ -66,6 +71,7 @@ class Playground:
     def use_example(self) -> None:
         self.page.get_by_role("button", name="Use the example").click()
         self.status.filter(has_text="object").wait_for()
+        self.page.locator("#viewport").wait_for()
 
     def slide(self, slider: str, value: float) -> None:
         self.page.get_by_role("slider", name=slider).fill(str(value))

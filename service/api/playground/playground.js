@@ -6,15 +6,16 @@
 
 const ASKED_SCORE = 0.05, MOST_DETECTIONS = 5000, USUAL_SCORE = 0.5, USUAL_NMS = 0.5;
 const COLOURS = ["#ffb454", "#59c2ff", "#4fd6a6", "#f2e25c", "#ff8f8f", "#d7a6ff", "#9be15d", "#f7f7f7"];
-const LINES = ["solid", "dashed", "dotted", "double"];
+const LINES = ["solid", "dashed", "dotted"];
 const STAGES = ["read", "decode", "preprocess", "queue", "inference", "postprocess"];
-const FEW_LABELS = 12, MANY_BYTES = 1e6;
+const FEW_LABELS = 12, MANY_BYTES = 1e6, MOST_TICKS = 300;
 
 const $ = (id) => document.getElementById(id);
 const url = (path) => new URL(path, document.baseURI).href;
 const state = {
   model: null, key: "", keyWanted: false,
   picture: null,       // {file, name, example, shown: promise of [width, height] or null}
+  visible: false,
   answer: null, roundTrip: 0,
   unchecked: new Set(), active: null, zoom: null,   // zoom: screen pixels for one of the picture, null fits it
   request: null, ticker: null, countdown: null,
@@ -31,7 +32,10 @@ async function askModel() {
   } catch {
     return say("The service does not answer. Is it running?");
   }
-  if (reply.status === 401) return wantKey("This service asks for an API key before it tells about its model.");
+  if (reply.status === 401) {
+    wantKey("This service asks for an API key before it tells what its model knows.");
+    return state.key && showProblem(await reply.json());
+  }
   if (!reply.ok) {
     $("knows").textContent = reply.status === 503 ? "The model is loading …" : `The service answers ${reply.status} about its model.`;
     setTimeout(askModel, 1000 * (Number(reply.headers.get("Retry-After")) || 2));
@@ -48,7 +52,7 @@ function take(file, example = false) {
   if (!file) return;
   quit();
   const picture = { file, name: file.name || "picture.png", example };
-  Object.assign(state, { picture, answer: null, active: null, zoom: null });
+  Object.assign(state, { picture, answer: null, visible: false, zoom: null });
   picture.shown = showFile(picture);
   hideProblem();
   render();
@@ -82,24 +86,23 @@ function ask() {
     drawWhereTheBrowserCannot(state.picture);
     render();
     say(outcome());
-  });
-  state.request.upload.onprogress = (event) => {
-    if (event.lengthComputable && event.loaded < event.total) {
-      say(`Sending ${state.picture.name}: ${Math.floor((100 * event.loaded) / event.total)} % of ${bytes(event.total)}`);
-    }
-  };
-  state.request.upload.onload = () => state.request && say("Detecting …");
+  }, sending);
   say(`Sending ${state.picture.name}, ${bytes(file.size)} …`);
   busy(started);
 }
 
-function post(path, accept, type, then) {
+function sending({ loaded, total }) {
+  say(loaded < total ? `Sending ${state.picture.name}: ${Math.floor((100 * loaded) / total)} % of ${bytes(total)}` : "Detecting …");
+}
+
+function post(path, accept, type, then, progress = null) {
   const request = new XMLHttpRequest(), { file } = state.picture;
   request.open("POST", url(path));
   request.responseType = type;
   request.setRequestHeader("Accept", accept);
   request.setRequestHeader("Content-Type", file.type.startsWith("image/") ? file.type : "application/octet-stream");
   for (const [name, value] of Object.entries(keyHeaders())) request.setRequestHeader(name, value);
+  request.upload.onprogress = progress;
   request.onloadend = () => request.aborted || then(request);
   request.send(file);
   return request;
@@ -115,7 +118,7 @@ function quit() {
 }
 
 function busy(started) {
-  $("busy").hidden = false;
+  $("busy").classList.add("on");
   $("viewport").setAttribute("aria-busy", "true");
   state.ticker = setInterval(() => ($("elapsed").textContent = `${((performance.now() - started) / 1000).toFixed(1)} s`), 100);
 }
@@ -123,7 +126,7 @@ function busy(started) {
 function done() {
   clearInterval(state.ticker);
   state.request = null;
-  $("busy").hidden = true;
+  $("busy").classList.remove("on");
   $("elapsed").textContent = "";
   $("viewport").removeAttribute("aria-busy");
 }
@@ -155,6 +158,7 @@ function showProblem({ code, title, detail, request_id: id }, seconds = 0) {
   $("problem").hidden = false;
   $("problem-actions").hidden = !state.picture;
   $("stop").hidden = !seconds;
+  $("problem").scrollIntoView({ block: "nearest" });
   if (!seconds) return;
   const until = performance.now() + 1000 * seconds;
   const tick = () => {
@@ -196,7 +200,8 @@ async function show(picture, blob) {
   image.classList.toggle("broken", !image.naturalWidth);
   if (!decoded) return null;
   if (state.picture !== picture) return null;
-  layOut();
+  state.visible = true;
+  render();
   return [image.naturalWidth, image.naturalHeight];
 }
 
@@ -205,14 +210,18 @@ async function drawWhereTheBrowserCannot(picture) {
   const shown = await picture.shown, { width, height } = state.answer?.image ?? {};
   if (state.picture !== picture || !width || (shown && shown[0] === width && shown[1] === height)) return;
   picture.shown = Promise.resolve([width, height]);
-  post("detect?score_threshold=1", "image/png", "blob", async (reply) => {
-    if (state.picture === picture && reply.status === 200 && (await show(picture, reply.response))) render();
+  $("drop-title").textContent = picture.name;
+  $("drop-hint").textContent = "This browser does not show it as it is: the service draws it …";
+  post("detect?score_threshold=1", "image/png", "blob", (reply) => {
+    if (state.picture !== picture) return;
+    if (reply.status === 200) show(picture, reply.response);
+    else $("drop-hint").textContent = "Neither this browser nor the service shows it now. The list has what was found.";
   });
 }
 
 function layOut() {
   const { width, height } = size(), viewport = $("viewport");
-  if (!width) return;
+  if (!width || !state.visible) return;
   const fit = Math.min(viewport.clientWidth / width, (0.72 * innerHeight) / height, 4);
   const scale = state.zoom ?? fit;
   $("canvas").style.width = `${Math.round(width * scale)}px`;
@@ -229,7 +238,7 @@ function size() {
 }
 
 function zoom(factor, event) {
-  if (!state.picture) return;
+  if (!state.visible) return;
   const viewport = $("viewport"), frame = viewport.getBoundingClientRect(), canvas = $("canvas").getBoundingClientRect();
   const x = event ? event.clientX : frame.left + frame.width / 2, y = event ? event.clientY : frame.top + frame.height / 2;
   const at = [(x - canvas.left) / canvas.width, (y - canvas.top) / canvas.height];
@@ -266,11 +275,12 @@ function render() {
   state.active = null;
   $("score-value").textContent = Number($("score").value).toFixed(2);
   $("nms-value").textContent = Number($("nms").value).toFixed(2);
-  $("drop").hidden = Boolean(state.picture);
-  $("viewport").hidden = $("zoom").hidden = !state.picture;
+  $("drop").hidden = state.visible;
+  $("viewport").hidden = $("zoom").hidden = !state.visible;
   $("save-json").disabled = $("save-picture").disabled = !state.answer;
   renderBoxes(shown);
   renderRows(shown);
+  renderTicks();
   renderLabels();
   renderTiming();
   renderCode(shown);
@@ -280,6 +290,7 @@ function render() {
 function renderModel() {
   const { model } = state, labels = [...new Set(model.labels.map((entry) => entry.label))];
   $("model-name").textContent = model.name;
+  document.title = `${model.name} · retinaserve`;
   const few = labels.slice(0, FEW_LABELS), more = labels.length - few.length;
   $("knows").replaceChildren("Finds ", ...few.flatMap((label, n) => [n ? (n === few.length - 1 && !more ? " and " : ", ") : "", element("b", { textContent: label })]),
     more ? ` and ${more} more.` : ".");
@@ -296,7 +307,7 @@ function renderModel() {
 function look(found) {
   const index = state.model?.labels.findIndex((entry) => entry.class_id === found.class_id) ?? -1;
   const n = index < 0 ? found.class_id : index;
-  return [COLOURS[n % COLOURS.length], LINES[Math.floor(n / COLOURS.length + n) % LINES.length]];
+  return [COLOURS[n % COLOURS.length], LINES[n % LINES.length]];
 }
 
 function paint(node, found) {
@@ -308,6 +319,7 @@ function paint(node, found) {
 
 function renderBoxes(shown) {
   const { width, height } = size();
+  $("boxes").classList.remove("some");
   $("boxes").replaceChildren(...shown.map((found) => {
     const { xmin, ymin, xmax, ymax } = found.box;
     const tag = element("span", { className: "tag" }, found.label, " ", element("small", { textContent: found.score.toFixed(2) }));
@@ -322,36 +334,46 @@ function renderBoxes(shown) {
   $("canvas").setAttribute("aria-label", !state.answer ? "The picture" : `The picture with ${count(shown.length, "box", "boxes")}${counts && `: ${counts}`}`);
 }
 
-/* Gives each box's tag a free spot, the best score first; a tag without one shows when its box is active. */
+/* Gives each box's tag the spot where it hides least, the best score first; a tag that would hide another's shows only
+   while its box is active. */
 function placeTags() {
-  const placed = [], { clientWidth: right, clientHeight: bottom } = $("canvas");
-  for (const box of $("boxes").children) {
-    const tag = box.firstChild, w = tag.offsetWidth, h = tag.offsetHeight;
-    const [x, y, bw, bh] = [box.offsetLeft, box.offsetTop, box.offsetWidth, box.offsetHeight];
-    const left = Math.max(0, Math.min(x, right - w));
-    const spots = [[left, y - h], [left, y + bh], [x + bw - w, y - h], [x + 2, y + 2], [x + bw - w, y + bh], [x + bw, y], [x - w, y]];
-    const inside = spots.filter(([sx, sy]) => sx >= 0 && sy >= 0 && sx + w <= right && sy + h <= bottom);
-    const free = inside.find(([sx, sy]) => !placed.some((p) => sx < p[0] + p[2] && p[0] < sx + w && sy < p[1] + p[3] && p[1] < sy + h));
-    const [sx, sy] = free ?? inside[0] ?? [left, Math.max(0, y - h)];
-    tag.style.transform = `translate(${sx - x}px, ${sy - y}px)`;
-    tag.classList.toggle("crowded", !free);
-    if (free) placed.push([sx, sy, w, h]);
-  }
+  const { clientWidth: right, clientHeight: bottom } = $("canvas"), boxes = [...$("boxes").children], tags = [];
+  const frames = boxes.map((box) => [box.offsetLeft, box.offsetTop, box.offsetWidth, box.offsetHeight]);
+  boxes.forEach((box, n) => {
+    const tag = box.lastChild, w = tag.offsetWidth, h = tag.offsetHeight, [x, y, bw, bh] = frames[n];
+    const left = Math.max(0, Math.min(x, right - w)), end = Math.max(0, x + bw - w);
+    const spots = [[left, y - h], [left, y + bh], [end, y - h], [end, y + bh], [x + bw, y], [x - w, y], [x + 3, y + 3]]
+      .filter(([sx, sy]) => sx >= 0 && sy >= 0 && sx + w <= right && sy + h <= bottom).map(([sx, sy]) => [sx, sy, w, h]);
+    if (!spots.length) spots.push([left, Math.max(0, Math.min(y, bottom - h)), w, h]);
+    const hidden = (spot) => 100 * sum(tags.map((other) => overlap(spot, other)))
+      + sum(frames.map((other, i) => (i === n ? 0 : overlap(spot, other) / (other[2] * other[3]))));
+    const [best] = spots.map((spot, i) => [hidden(spot) + i / 1000, spot]).sort((a, b) => a[0] - b[0]);
+    tag.style.transform = `translate(${best[1][0] - x}px, ${best[1][1] - y}px)`;
+    tag.classList.toggle("crowded", best[0] >= 100);
+    if (best[0] < 100) tags.push(best[1]);
+  });
+}
+
+/* The area in which two rectangles of x, y, width, height overlap. */
+function overlap(a, b) {
+  const w = Math.min(a[0] + a[2], b[0] + b[2]) - Math.max(a[0], b[0]), h = Math.min(a[1] + a[3], b[1] + b[3]) - Math.max(a[1], b[1]);
+  return w > 0 && h > 0 ? w * h : 0;
 }
 
 function renderRows(shown) {
   $("rows").replaceChildren(...shown.map((found, n) => {
     const { xmin, ymin, xmax, ymax } = found.box, whole = (value) => Math.round(value);
     const row = element("tr", { tabIndex: n ? -1 : 0 },
-      element("td", {}, paint(element("span", { className: "swatch" }), found), found.label),
+      element("td", { title: found.label }, paint(element("span", { className: "swatch" }), found), found.label),
       element("td", { className: "number", textContent: found.score.toFixed(3) }),
-      element("td", { className: "number", textContent: `${whole(xmin)}, ${whole(ymin)} · ${whole(xmax - xmin)} × ${whole(ymax - ymin)}` }));
+      element("td", { className: "number", textContent: `${whole(xmin)}, ${whole(ymin)}` }),
+      element("td", { className: "number", textContent: `${whole(xmax - xmin)} × ${whole(ymax - ymin)}` }));
     row.onfocus = () => activate(n, { show: true });
     row.onmouseenter = () => activate(n);
     return row;
   }));
   const none = state.answer ? "None with these settings." : state.picture ? "None yet." : "They come with the first picture.";
-  $("table-note").textContent = shown.length ? "Arrow keys go through the rows; each lights up its box." : none;
+  $("table-note").textContent = shown.length ? "In pixels. Arrow keys move along the rows." : none;
 }
 
 function activate(n, { show = false, scroll = false } = {}) {
@@ -385,6 +407,17 @@ function boxAt(event) {
 
 // ---- labels, times, code
 
+/* A mark above the score slider for each detection that came. */
+function renderTicks() {
+  const score = Number($("score").value);
+  const found = (state.answer?.detections ?? []).filter((each) => !state.unchecked.has(each.label)).slice(0, MOST_TICKS);
+  $("ticks").replaceChildren(...found.map((each) => {
+    const tick = element("span", { className: each.score > score ? "kept" : "" });
+    tick.style.setProperty("--score", each.score);
+    return tick;
+  }));
+}
+
 function renderLabels() {
   const known = (state.model?.labels ?? state.answer?.detections ?? []).map((entry) => entry.label);
   const score = Number($("score").value), counts = countBy((state.answer?.detections ?? []).filter((found) => found.score > score));
@@ -394,15 +427,15 @@ function renderLabels() {
   const absent = labels.filter((label) => !present.includes(label));
   const focused = document.activeElement?.dataset?.label;
   $("labels").hidden = !labels.length;
-  $("label-list").replaceChildren(...present.map((label) => labelItem(label, counts)));
+  $("label-list").replaceChildren(...present.map((label) => labelItem(label, labels.indexOf(label), counts)));
   $("absent").hidden = !absent.length;
   $("absent-summary").textContent = state.answer ? `${absent.length} labels that are not in this picture` : `${absent.length} labels`;
-  $("absent-list").replaceChildren(...absent.map((label) => labelItem(label, counts)));
+  $("absent-list").replaceChildren(...absent.map((label) => labelItem(label, labels.indexOf(label), counts)));
   if (focused) document.querySelector(`[data-label="${CSS.escape(focused)}"]`)?.focus();
 }
 
-function labelItem(label, counts) {
-  const id = `label-${label}`, entry = state.model?.labels.find((each) => each.label === label);
+function labelItem(label, index, counts) {
+  const id = `label-${index}`, entry = state.model?.labels.find((each) => each.label === label);
   const box = element("input", { type: "checkbox", id, checked: !state.unchecked.has(label) });
   box.dataset.label = label;
   box.onchange = () => {
@@ -514,11 +547,13 @@ function savePicture() {
   for (const found of shownDetections().reverse()) {
     const { xmin, ymin, xmax, ymax } = found.box, text = `${found.label} ${found.score.toFixed(2)}`, tall = 7 * unit + 12;
     const wide = pen.measureText(text).width + 8, x = Math.max(0, Math.min(xmin, width - wide)), y = ymin >= tall ? ymin - tall : ymin;
-    for (const [colour, line] of [["#000a", 2 * unit + 2], [look(found)[0], 2 * unit]]) {
-      Object.assign(pen, { strokeStyle: colour, lineWidth: line });
+    const [colour, line] = look(found), dashes = { solid: [], dashed: [6 * unit, 3 * unit], dotted: [2 * unit, 2 * unit] }[line];
+    for (const [strokeStyle, lineWidth, dash] of [["#000b", 2 * unit + 2, []], [colour, 2 * unit, dashes]]) {
+      Object.assign(pen, { strokeStyle, lineWidth });
+      pen.setLineDash(dash);
       pen.strokeRect(xmin, ymin, xmax - xmin, ymax - ymin);
     }
-    pen.fillStyle = look(found)[0];
+    pen.fillStyle = colour;
     pen.fillRect(x, y, wide, tall);
     pen.fillStyle = "#14161a";
     pen.fillText(text, x + 4, y + 3);
@@ -531,6 +566,7 @@ function savePicture() {
 // ---- small things
 
 const say = (text) => ($("status").textContent = text);
+const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
 const bytes = (n) => (n >= MANY_BYTES ? `${(n / 1e6).toFixed(1)} MB` : `${Math.max(1, Math.round(n / 1000))} kB`);
 const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
@@ -617,6 +653,7 @@ $("key-form").onsubmit = (event) => {
   $("key").value = "";
   $("key-form").hidden = true;
   $("key-toggle").setAttribute("aria-expanded", "false");
+  hideProblem();
   askModel();
   if (!state.answer) ask();
   renderCode(shownDetections());
@@ -628,7 +665,8 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     document.body.classList.toggle("dragging", kind === "dragover" || kind === "dragenter");
-    if (kind === "drop") take(files(event.dataTransfer)[0]);
+    if (kind === "drop" && files(event.dataTransfer).length) take(files(event.dataTransfer)[0]);
+    else if (kind === "drop") say("That was no file. Save the picture and drop the file, or copy the picture and paste it.");
   });
 }
 
@@ -650,10 +688,11 @@ $("canvas").onpointermove = (event) => {
   if (event.buttons && event.pointerType === "mouse") viewport.scrollBy(-event.movementX, -event.movementY);
   else if (state.answer) activate(boxAt(event), { scroll: true });
 };
-$("canvas").onpointerleave = () => activate(null);
+const activateFocused = () => activate(document.activeElement.matches("#rows tr") ? [...$("rows").children].indexOf(document.activeElement) : null);
+$("canvas").onpointerleave = activateFocused;
 $("canvas").onclick = (event) => state.answer && $("rows").children[boxAt(event) ?? -1]?.focus({ preventScroll: true });
 $("canvas").ondragstart = (event) => event.preventDefault();
-$("rows").onmouseleave = () => activate(null);
+$("rows").onmouseleave = activateFocused;
 $("rows").addEventListener("focusout", () => activate(null));
 $("rows").onkeydown = (event) => {
   const rows = [...$("rows").children], row = sibling(event, rows, "ArrowUp", "ArrowDown");
