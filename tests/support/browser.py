@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Response, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -34,7 +34,7 @@ class Playground:
     page: Page
     url: str
     complaints: list[str] = field(default_factory=list)
-    """Console errors, exceptions, and requests to other hosts."""
+    """Console errors, exceptions, requests to other hosts, and what is not there."""
     asked: list[Request] = field(default_factory=list)
     """The requests that detect."""
 
@@ -42,6 +42,7 @@ class Playground:
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._sent)
+        self.page.on("response", self._came)
         self.page.goto(self.url)
 
     def close(self) -> None:
@@ -86,6 +87,10 @@ class Playground:
     def _heard(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not message.text.startswith(REFUSED):
             self.complaints.append(message.text)
+
+    def _came(self, response: Response) -> None:
+        if response.status == 404:
+            self.complaints.append(f"404 {response.url}")
 
     def _sent(self, request: Request) -> None:
         sent, own = urlsplit(request.url), urlsplit(self.url)

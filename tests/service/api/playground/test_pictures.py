@@ -79,6 +79,8 @@ def test_a_large_picture_zooms_by_keys_and_fits_again(playground: Playground) ->
     for _ in range(3):
         playground.page.keyboard.press("+")
     assert playground.page.evaluate(width) > 2
+    playground.page.evaluate("canvas.parentElement.scrollTo(0, 0)")
+    expect(playground.boxes.nth(1)).not_to_be_in_viewport()
     playground.rows.nth(1).focus()
     expect(playground.boxes.nth(1)).to_be_in_viewport()
     playground.page.get_by_role("button", name="Fit the picture").click()

@@ -1,7 +1,10 @@
 """`GET /`: the page for browsers, JSON for programs, and what of it is open where keys are asked for."""
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from model.pretrained import EXAMPLE_PICTURE
 from service.api.playground import FOLDER, MEDIA_TYPES
 from tests.support.serving import FakeDetector, Serving, assert_problem, serving
 
+ROOT = Path(__file__).parents[4]
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 POLICY = {
     "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' blob: data:",
@@ -87,3 +91,21 @@ def test_with_keys_the_page_is_open_and_what_it_asks_for_is_not() -> None:
         for path in ("/", "/playground/example.jpg", "/detect"):
             assert_problem(server.client.post(path), 401, "unauthorized")
         assert_problem(server.client.get("/playgrounds"), 401, "unauthorized")
+
+
+def test_the_page_and_its_files_are_in_the_wheel() -> None:
+    """As setuptools lists them, in a process of its own: it changes the interpreter that imports it."""
+    list_files = (
+        "from setuptools import Distribution\n"
+        "distribution = Distribution()\n"
+        "distribution.parse_config_files()\n"
+        "distribution.include_package_data = False\n"  # which writes an egg-info
+        "build = distribution.get_command_obj('build_py')\n"
+        "build.ensure_finalized()\n"
+        "print(*(f'{source}/{name}' for _, source, _, names in build.data_files for name in names), sep='\\n')"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", list_files]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wheel = {ROOT / "service/api/playground" / Path(line).name for line in listed.splitlines() if "playground" in line}
+    assert {path for path in FOLDER.iterdir() if path.suffix in {".html", *MEDIA_TYPES}} <= wheel
+    assert str(EXAMPLE_PICTURE.relative_to(ROOT)) in listed

@@ -22,7 +22,7 @@ def test_it_says_loudly_that_the_cpu_stands_in_and_names_the_command_for_everyda
     with serving(Several(name="shapes", fell_back=True)) as server:
         page = Playground(browser.new_page(), f"{server.url}/")
         page.open()
-        expect(page.page.locator("#fallback")).to_contain_text("The CPU stands in for CUDA.")
+        expect(page.page.get_by_text("The CPU stands in for CUDA.")).to_be_visible()
         page.use_example()
         expect(page.status).not_to_contain_text("make coco")
         page.slide("Score threshold", 0.95)
