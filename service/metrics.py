@@ -1,11 +1,13 @@
 """Every number that Prometheus reads: one registry, base units, closed label sets, every series there from the start.
 
-`route` is the template ("/detect"), for an unknown path "<unmatched>"; methods that the route has not are "<other>".
+`route` is the template ("/detect"), for an unknown path "<unmatched>"; methods that the route has not are "<other>";
+HEAD counts as GET. Statuses that a request can get wherever it goes, such as 414, are of "<other>" and "<unmatched>".
+Histograms have buckets where an alert or the dashboard reads them; of the rest sums and counts are kept.
 Stage and request durations are observed for images and requests that were answered.
 """
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
@@ -14,11 +16,11 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    GCCollector,
     Histogram,
     Info,
     PlatformCollector,
     ProcessCollector,
+    Summary,
     disable_created_metrics,
     generate_latest,
 )
@@ -36,12 +38,8 @@ RELOAD_OUTCOMES = ("success", "failure")
 OTHER_METHOD = "<other>"
 UNMATCHED = "<unmatched>"
 
-STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-HTTP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-BYTES = tuple(4**power for power in range(5, 15))  # 1 KiB to 256 MiB
-PIXELS = (1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
-DETECTIONS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+STAGE_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2)
+REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class HttpMetrics:
@@ -50,36 +48,31 @@ class HttpMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ["method", "route"]
         self.requests = Counter("http_requests_total", "HTTP requests.", [*labels, "status"], registry=registry)
-        self.duration = Histogram(
-            "http_request_duration_seconds",
-            "Time from a detection request's headers to its answer.",
-            labels,
-            buckets=HTTP_SECONDS,
-            registry=registry,
-        )
-        self._known: set[tuple[str, str]] = set()
+        duration = "Time from a detection request's headers to its answer."
+        self.duration = Summary("http_request_duration_seconds", duration, labels, registry=registry)
+        self._known: set[tuple[str, str, int]] = set()
+        """Method, route and status of what has series."""
         self._timed: set[tuple[str, str]] = set()
-        """Method and route of what has series, and of what has a histogram of durations."""
         self.in_flight = Gauge("http_requests_in_flight", "HTTP requests being answered.", registry=registry)
-        self.request_size = Histogram(
-            "http_request_size_bytes", "Bytes of detection requests' bodies.", buckets=BYTES, registry=registry
-        )
+        size = "Bytes of detection requests' bodies."
+        self.request_size = Summary("http_request_size_bytes", size, registry=registry)
 
-    def make_series(self, route: str, methods: Mapping[str, tuple[int, ...]], *, timed: bool) -> None:
-        """Create the series of a route: the statuses that each method can have, and whether its durations are kept."""
-        for method, statuses in methods.items():
-            self._known.add((method, route))
-            if timed and method != OTHER_METHOD:
-                self._timed.add((method, route))
-                self.duration.labels(method, route)
-            for status in statuses:
-                self.requests.labels(method, route, str(status))
+    def make_series(self, method: str, route: str, statuses: Iterable[int], *, timed: bool = False) -> None:
+        """Create the series of a route: the statuses that a method can have, and whether its durations are kept."""
+        if timed:
+            self._timed.add((method, route))
+            self.duration.labels(method, route)
+        for status in sorted(statuses):
+            self._known.add((method, route, status))
+            self.requests.labels(method, route, str(status))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
-        method = method if (method, route) in self._known else OTHER_METHOD
-        self.requests.labels(method, route, str(status)).inc()
-        if (method, route) in self._timed:
-            self.duration.labels(method, route).observe(seconds)
+        method = "GET" if method == "HEAD" else method
+        places = ((method, route), (OTHER_METHOD, route), (OTHER_METHOD, UNMATCHED))
+        place = next((place for place in places if (*place, status) in self._known), places[-1])
+        self.requests.labels(*place, str(status)).inc()
+        if place in self._timed:
+            self.duration.labels(*place).observe(seconds)
 
 
 class DecoderMetrics:
@@ -98,6 +91,7 @@ class Metrics:
         counter = partial(Counter, namespace=NAMESPACE, registry=registry)
         gauge = partial(Gauge, namespace=NAMESPACE, registry=registry)
         histogram = partial(Histogram, namespace=NAMESPACE, registry=registry)
+        summary = partial(Summary, namespace=NAMESPACE, registry=registry)
         info = partial(Info, namespace=NAMESPACE, registry=registry)
 
         self.requests = counter("requests_total", "Detection requests, once each, a batch too.", ["outcome"])
@@ -111,14 +105,13 @@ class Metrics:
         self.request_duration = histogram(
             "request_duration_seconds",
             "Time from request to encoded answer, of answered requests.",
-            buckets=STAGE_SECONDS,
+            buckets=REQUEST_SECONDS,
         )
-        self.batch_size = histogram("batch_size", "Images in each run of the device.", buckets=BATCH_SIZES)
+        self.batch_size = summary("batch_size", "Images in each run of the device.")
         self.images = counter("images_total", "Images answered with detections.")
         self.detections = counter("detections_total", "Detections in answers.")
-        self.image_pixels = histogram("image_pixels", "Pixels of each image answered.", buckets=PIXELS)
-        per_image = "Detections of each image answered."
-        self.detections_per_image = histogram("detections_per_image", per_image, buckets=DETECTIONS)
+        self.image_pixels = summary("image_pixels", "Pixels of each image answered.")
+        self.detections_per_image = summary("detections_per_image", "Detections of each image answered.")
 
         self.queue_depth = gauge("queue_depth", "Places taken: images admitted and not yet through the device.")
         self.queue_capacity = gauge("queue_capacity", "Places there are: images beyond are refused with 429.")
@@ -151,7 +144,7 @@ class Metrics:
         ):
             for value in values:
                 metric.labels(value)
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        for collector in (ProcessCollector, PlatformCollector):
             collector(registry=self.registry)
 
     def watch_queue(self, depth: Callable[[], float], running: Callable[[], float], capacity: int) -> None:

@@ -32,18 +32,15 @@ from service.api.middleware import (
     problem_response,
     response_of,
 )
-from service.api.openapi import EVERYWHERE, add_detection, docs_page, problems
+from service.api.openapi import EVERYWHERE, ONE_IMAGE, UPLOAD, add_detection, docs_page, problems
 from service.api.openinference.routes import OpenInference
 from service.api.parameters import thresholds
-from service.api.paths import DETECTION_ROUTES, OPEN_INFERENCE_MODEL, OPEN_PATHS, route_of
+from service.api.paths import DETECT_BATCH, route_of
 from service.api.playground import routes as playground_routes
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
 from service.core.store import NotReady
 from service.metrics import OTHER_METHOD, UNMATCHED, HttpMetrics, program_version
-
-UNREAD = (400, 414, 431)
-"""Statuses of requests that the protocol cannot or will not read, whatever they ask for."""
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -74,17 +71,17 @@ def create_app(service: Service) -> ASGIApp:
         add_detection(api.openapi())
     routes = [route for route in api.routes if isinstance(route, Route)]
     _answer_head(routes)
-    _make_series(service.metrics.http, routes)
+    keys = ApiKeys([key.get_secret_value() for key in service.settings.api_keys], service.settings.api_keys_file)
+    _make_series(service.metrics.http, routes, keyed=bool(keys), cross_origin=bool(service.settings.cors_origins))
     app: ASGIApp = api
-    for layer, args, kwargs in reversed(_layers(service, {route_of(route.path) for route in routes})):
+    for layer, args, kwargs in reversed(_layers(service, keys, {route_of(route.path) for route in routes})):
         app = layer(app, *args, **kwargs)
     return app
 
 
-def _layers(service: Service, routes: Collection[str]) -> list[Middleware]:
+def _layers(service: Service, keys: ApiKeys, routes: Collection[str]) -> list[Middleware]:
     """List what surrounds the routes, outermost first."""
     settings = service.settings
-    keys = ApiKeys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
@@ -161,20 +158,23 @@ def _add_errors(api: FastAPI) -> None:
     api.add_exception_handler(HTTPException, by_framework)
 
 
-def _make_series(metrics: HttpMetrics, routes: list[Route]) -> None:
+def _make_series(metrics: HttpMetrics, routes: list[Route], *, keyed: bool, cross_origin: bool) -> None:
     """Make every series that HTTP requests can have."""
-    for route in sorted({route_of(each.path) for each in routes}):
-        methods = {method for each in routes if route_of(each.path) == route for method in each.methods or ()}
-        answers = {method: _statuses(route, method) for method in sorted(methods)}
-        metrics.make_series(route, answers | {OTHER_METHOD: (*UNREAD, 401, 405)}, timed=route in DETECTION_ROUTES)
-    files = dict.fromkeys(("GET", "HEAD"), (200, *UNREAD, 206, 304, 401, 404))  # of the docs page
-    metrics.make_series(UNMATCHED, files | {OTHER_METHOD: (200, *UNREAD, 401, 404, 405)}, timed=False)
+    refused = {401} if keyed else set()
+    preflight = {200, 400} if cross_origin else set()
+    for path in sorted({route_of(each.path) for each in routes}):
+        methods = {method for each in routes if route_of(each.path) == path for method in each.methods or ()}
+        metrics.make_series(OTHER_METHOD, path, {405} | preflight)
+        if "GET" in methods:
+            metrics.make_series("GET", path, {200, 503} | refused)
+        if "POST" in methods:
+            metrics.make_series("POST", path, _statuses(path) | refused, timed=True)
+    files = {200, 206, 304, 400, 404}  # of the docs page
+    metrics.make_series("GET", UNMATCHED, files | refused)
+    metrics.make_series(OTHER_METHOD, UNMATCHED, {400, 404, 405, 414, 431, 500} | refused | preflight)
 
 
-def _statuses(route: str, method: str) -> tuple[int, ...]:
-    """List those that a method which the route has can get."""
-    unknown_model = {404} if route.startswith(OPEN_INFERENCE_MODEL) else set()
-    if method == "POST" and route in DETECTION_ROUTES:
-        return 200, *sorted({kind.status for kind in PROBLEM_TYPES.values()} - {404, 405} | unknown_model)
-    without_key = set() if route in OPEN_PATHS else {401}
-    return 200, *sorted({*UNREAD, 500, 503} | without_key | unknown_model)
+def _statuses(route: str) -> set[int]:
+    """Return those that a route which detects can give, less what requests can get wherever they go."""
+    codes = UPLOAD if route == DETECT_BATCH else ONE_IMAGE
+    return {200, 499} | {PROBLEM_TYPES[code].status for code in codes} - {401, 414, 431}
