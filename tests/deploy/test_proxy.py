@@ -243,6 +243,23 @@ def test_a_body_that_is_too_large_is_refused_with_the_id(running: Proxy) -> None
     connection.close()
 
 
+def test_below_v2_errors_are_as_its_clients_read_them_and_bodies_as_large_as_a_batchs(running: Proxy) -> None:
+    def post(path: str, size: int) -> httpx.Response:
+        connection = http.client.HTTPConnection(running.api.removeprefix("http://"), timeout=10)
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Length", str(size))
+        connection.endheaders()
+        answer = connection.getresponse()
+        return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+
+    for path, media_type in (("/v2/models/m/infer", "application/json"), ("/detect", "application/problem+json")):
+        refused = post(path, 256 * 2**20)
+        assert (refused.status_code, refused.headers["content-type"]) == (413, media_type)
+        assert refused.json()["error"] == refused.json()["detail"]
+    accepted = httpx.post(f"{running.api}/v2/models/m/infer", content=bytes(28 * 2**20), timeout=60)
+    assert accepted.status_code == 200
+
+
 def test_probes_are_logged_only_when_they_fail(running: Proxy) -> None:
     for path in ("/readyz", "/healthz", "/model"):
         httpx.get(running.api + path, headers={"X-Request-ID": f"probe{path}"})
