@@ -177,6 +177,15 @@ class Load:
         wait_until(lambda: self.answers.total() >= wanted)
 
 
+@contextmanager
+def plain_again(stack: Stack) -> Iterator[None]:
+    """Leaves the project as `stack` says, with one replica."""
+    try:
+        yield
+    finally:
+        stack.compose("up", "--detach", "--wait", "--remove-orphans", "service", "proxy", "prometheus")
+
+
 def until_it_ends(*command: str) -> tuple[int, list[str]]:
     """Run a container that ends by itself: its exit code and the lines it wrote on standard error."""
     result = subprocess.run(["docker", "run", "--rm", *command], capture_output=True, text=True)

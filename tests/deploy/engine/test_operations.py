@@ -3,7 +3,6 @@ requests could be lost."""
 
 import functools
 import json
-import re
 import subprocess
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.engine.stack import Load, Stack, docker, needs_engine
+from tests.deploy.engine.stack import Load, Stack, docker, needs_engine, plain_again
 from tests.support.load import PNG, free_ports
 from tests.support.serving import picture, wait_until
 
@@ -46,15 +45,6 @@ for folder in pathlib.Path("/proc").glob("[0-9]*"):
 def two_services(stack: Stack, model: str) -> Stack:
     (stack.folder / "second.yml").write_text(SECOND_GPU % model)
     return stack.with_("second.yml")
-
-
-@contextmanager
-def plain_again(stack: Stack) -> Iterator[None]:
-    """Leaves the project as `stack` says, with one replica."""
-    try:
-        yield
-    finally:
-        stack.compose("up", "--detach", "--wait", "--remove-orphans", "service", "proxy", "prometheus")
 
 
 def test_five_rolls_lose_nothing_and_page_nobody(stack: Stack) -> None:
@@ -190,28 +180,6 @@ def log_of(container: str) -> str:
     return subprocess.run(["docker", "logs", container], capture_output=True, text=True).stderr
 
 
-def test_a_request_is_found_by_its_id_in_both_logs_and_a_probe_in_none(stack: Stack) -> None:
-    stack.start(1)
-    httpx.get(f"{stack.api}/readyz", headers={"X-Request-ID": "find-the-probe"})
-    answer = httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | {"X-Request-ID": "find-me"})
-    assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "find-me"
-
-    def lines() -> list[dict[str, object]]:
-        logs = ["docker", "compose", *stack.options, "logs", "--no-log-prefix", "service", "proxy"]
-        shown = subprocess.run(logs, cwd=stack.folder, env=stack.environment, capture_output=True, text=True)
-        text = shown.stdout + shown.stderr  # as the containers wrote them
-        logged = [
-            json.loads(line) for line in re.findall(r"\{.*\}", text)
-        ]  # Compose puts control characters before them
-        return [line for line in logged if str(line.get("request_id", "")).startswith("find-")]
-
-    wait_until(lambda: len(lines()) >= 2)
-    assert sorted((line["message"], line["request_id"]) for line in lines()) == [
-        ("proxied", "find-me"),
-        ("request", "find-me"),
-    ]
-
-
 def test_reloads_of_the_proxy_lose_no_request(stack: Stack) -> None:
     stack.start(2)
     with Load(stack.api) as load:
@@ -309,16 +277,6 @@ def test_a_canary_gets_a_share_and_is_measured_apart(stack: Stack) -> None:
             wait_until(lambda: load.answers.keys() >= {"first", "second"}, 60)
             wait_until(lambda: bool(stack.query('retinaserve_model_info{job="retinaserve-canary", name="second"}')))
     assert set(load.answers) == {"first", "second"}
-
-
-def test_with_logs_shipped_the_service_serves_while_no_collector_answers(stack: Stack) -> None:
-    stack.start(1)
-    shipped = stack.with_("docker/logs.yml")
-    with plain_again(stack):
-        shipped.compose("up", "--detach", "--wait", "service", "proxy")
-        with Load(stack.api) as load:
-            load.wait_for_answers(50)
-    assert set(load.answers) == {"first"}
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""The logs of the project on an engine: a request's lines, and their way to a collector."""
+
+import json
+import re
+import socketserver
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from tests.deploy.engine.stack import Load, Stack, needs_engine, plain_again
+from tests.support.load import PNG
+from tests.support.serving import picture, wait_until
+
+pytestmark = needs_engine
+
+
+def test_a_request_is_found_by_its_id_in_both_logs_and_a_probe_in_none(stack: Stack) -> None:
+    stack.start(1)
+    httpx.get(f"{stack.api}/readyz", headers={"X-Request-ID": "find-the-probe"})
+    answer = httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | {"X-Request-ID": "find-me"})
+    assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "find-me"
+
+    def lines() -> list[dict[str, object]]:
+        logs = ["docker", "compose", *stack.options, "logs", "--no-log-prefix", "service", "proxy"]
+        shown = subprocess.run(logs, cwd=stack.folder, env=stack.environment, capture_output=True, text=True)
+        text = shown.stdout + shown.stderr  # as the containers wrote them
+        logged = [
+            json.loads(line) for line in re.findall(r"\{.*\}", text)
+        ]  # Compose puts control characters before them
+        return [line for line in logged if str(line.get("request_id", "")).startswith("find-")]
+
+    wait_until(lambda: len(lines()) >= 2)
+    assert sorted((line["message"], line["request_id"]) for line in lines()) == [
+        ("proxied", "find-me"),
+        ("request", "find-me"),
+    ]
+
+
+def test_with_logs_shipped_the_service_serves_while_no_collector_answers(stack: Stack) -> None:
+    stack.start(1)
+    shipped = stack.with_("docker/logs.yml")
+    with plain_again(stack):
+        shipped.compose("up", "--detach", "--wait", "service", "proxy")
+        with Load(stack.api) as load:
+            load.wait_for_answers(50)
+    assert set(load.answers) == {"first"}
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, bytearray]]:
+    """A listener on this machine: its address, and the bytes that it was sent. Fluentd's forward protocol has texts as
+    they are, between a few bytes of lengths."""
+    received = bytearray()
+
+    class Receiver(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while piece := self.request.recv(65536):
+                received.extend(piece)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Receiver) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}", received
+        server.shutdown()
+
+
+def test_a_collector_gets_the_lines_of_service_and_proxy(stack: Stack) -> None:
+    stack.start(1)
+    with collector() as (address, received), plain_again(stack):
+        shipped = stack.with_("docker/logs.yml", LOG_COLLECTOR=address)
+        shipped.compose("up", "--detach", "--wait", "service", "proxy")
+        httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | {"X-Request-ID": "to-the-collector"})
+        wait_until(lambda: received.count(b'"request_id":"to-the-collector"') == 2)
+    assert received.count(b"retinaserve.") >= 2  # the tags
