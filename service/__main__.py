@@ -187,6 +187,7 @@ def build_service(
         runs_at_once=settings.runs_at_once or RUNS_AT_ONCE,
         decode_threads=decode_threads,
         max_image_pixels=settings.max_image_pixels,
+        max_tiles=settings.max_tiles,
     )
     uploads = Uploads(
         max_image_bytes=settings.max_image_bytes,

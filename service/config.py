@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     )
     keep_alive_seconds: PositiveSeconds = Field(75, description="time that an idle connection is kept for a request")
 
+    max_tiles: int = Field(256, ge=1, description="windows of a picture that a request's tile may make; more get 422")
     queue_capacity: int = Field(32, ge=1, description="images admitted and not yet through the device; more get 429")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="images per inference [1 on the CPU, 8 on CUDA]")
     runs_at_once: int | None = Field(

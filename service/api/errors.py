@@ -11,6 +11,7 @@ what came and what is allowed. Exceptions are defined where they are raised:
     │   └── TooManyPixels
     ├── SideTooLong                                                                         drawing
     ├── InferenceFailed                                                                     model.detector
+    ├── TooManyWindows                                                                      core.cutting
     ├── DeadlineExceeded                                                                    core.job
     └── Refusal: not now, and when to try again                                             core.refusals
         ├── QueueFull                                                                       core.line
@@ -33,6 +34,7 @@ from service.api.uploads import (
     UnsupportedMediaType,
     UploadTimeout,
 )
+from service.core.cutting import TooManyWindows
 from service.core.job import DeadlineExceeded
 from service.core.line import QueueFull
 from service.core.memory import MemoryFull
@@ -78,7 +80,9 @@ PROBLEM_TYPES = {
     "unsupported_media_type": ProblemType(
         415, "The body comes in a form that is not read", "unsupported", (UnsupportedMediaType,)
     ),
-    "invalid_parameter": ProblemType(422, "A query parameter is not valid", "invalid", (InvalidParameter,)),
+    "invalid_parameter": ProblemType(
+        422, "A query parameter is not valid", "invalid", (InvalidParameter, TooManyWindows)
+    ),
     "invalid_image": ProblemType(422, "The image cannot be decoded", "invalid", (InvalidImage,)),
     "overloaded": ProblemType(
         429, "The server is at its limit: try again later", "overloaded", (QueueFull, MemoryFull)

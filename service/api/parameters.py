@@ -8,6 +8,7 @@ from pydantic_core import ErrorDetails
 from starlette.datastructures import QueryParams
 
 from model.metadata import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ModelMetadata
+from model.tiles import MAX_OVERLAP, MAX_TILE, MIN_TILE, OVERLAP, Tiling
 from service.api.errors import InvalidParameter
 from service.api.schemas import Strict, Thresholds
 from service.config import OPTION_TEXTS, DetectionCount, Settings, Share
@@ -34,6 +35,12 @@ class DetectQuery(Strict):
     max_detections: DetectionCount | None = Field(None, description=_text("max_detections", MAX_DETECTIONS))
     label: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="Keep these labels only; repeat it for several."
+    )
+    tile: Annotated[int, Field(ge=MIN_TILE, le=MAX_TILE)] | None = Field(
+        None, description="Look at windows of this side, too, in pixels of the picture: for small objects. [none]"
+    )
+    overlap: Annotated[float, Field(ge=0, le=MAX_OVERLAP, allow_inf_nan=False)] | None = Field(
+        None, description=f"The share of a window that its neighbour sees, too; with `tile` alone. [{OVERLAP}]"
     )
 
 
@@ -74,11 +81,16 @@ def options(query: DetectQuery, settings: Settings, model: LoadedModel) -> Optio
         known = list(model.label_ids)
         more = f" and {len(known) - SHOWN_LABELS} more" if len(known) > SHOWN_LABELS else ""
         raise InvalidParameter(f"label: {unknown[0]!r} is not one of {', '.join(known[:SHOWN_LABELS])}{more}")
+    try:
+        tiling = Tiling.asked_for(query.tile, query.overlap)
+    except ValueError as error:
+        raise InvalidParameter(f"overlap: {error}") from error
     return Options(
         score_threshold=_first(query.score_threshold, defaults.score_threshold),
         nms_threshold=_first(query.nms_threshold, defaults.nms_threshold),
         max_detections=_first(query.max_detections, defaults.max_detections),
         label_ids=frozenset(model.label_ids[label] for label in query.label) or None,
+        tiling=tiling,
     )
 
 

@@ -109,6 +109,8 @@ class Waiting:
     """To be finished, a deque for each batch."""
     drawings: deque[Job] = field(default_factory=deque)
     """To be finished where pictures are decoded."""
+    cut: dict[Job, int] = field(default_factory=dict)
+    """Jobs that hold their pictures, since windows are to be cut from them, and the pictures' bytes."""
     under_way: dict[Work, None] = field(default_factory=dict)
     closing: bool = False
 
@@ -117,6 +119,10 @@ class Waiting:
     @property
     def runs(self) -> list[Run]:
         return [work for work in self.under_way if isinstance(work, Run)]
+
+    def needed_bytes(self, job: Job) -> int:
+        """Say what its next step at a decoder takes; to cut windows from a picture that is held takes nothing."""
+        return 0 if job in self.cut else job.decode_bytes
 
     def append(self, job: Job) -> None:
         """The job comes last, to be decoded."""
@@ -131,7 +137,7 @@ class Waiting:
         """Take what was chosen out of those that wait."""
         self.under_way[work] = None
         if isinstance(work, Decode) or (isinstance(work, Finish) and work.job.draws):
-            self.large_last = work.job.decode_bytes >= self.large_bytes
+            self.large_last = self.needed_bytes(work.job) >= self.large_bytes
         if isinstance(work, Run):
             self._begin_run(work)
         elif isinstance(work, Decode):
@@ -153,6 +159,7 @@ class Waiting:
 
     def remove(self, job: Job) -> None:
         """The job waits for nothing any more."""
+        self.cut.pop(job, None)
         if job.state is State.ENCODED:
             self.encoded.remove(job)
         elif job.state is State.RAN:
@@ -169,7 +176,7 @@ def choose(waiting: Waiting, now: float) -> Step:
     if waiting.ran:
         return Finish(waiting.ran[0][0])
     if (job := _decode_or_draw(waiting)) is not None:
-        return Finish(job) if job.parts else Decode(job)
+        return Finish(job) if job.state is State.RAN else Decode(job)
     if waiting.closing and not (waiting.encoded or waiting.ready or waiting.drawings):
         return End()
     return run or Wait()
@@ -215,27 +222,27 @@ def _decode_or_draw(waiting: Waiting) -> Job | None:
     is but one, a small one comes after each."""
     decoding = [work.job for work in waiting.under_way if isinstance(work, Decode)]
     drawing = [work.job for work in waiting.under_way if isinstance(work, Finish) and work.job.draws]
-    held = [min(job.decode_bytes, LARGEST_SHARE * waiting.max_decode_bytes) for job in decoding + drawing]
-    if len(held) >= waiting.decode_threads:
+    taken = [waiting.needed_bytes(job) for job in decoding + drawing]
+    if len(taken) >= waiting.decode_threads:
         return None
     encoded = waiting.encoded if _is_next(waiting, len(decoding)) else ()
     due = list(merge(waiting.drawings, encoded, key=lambda job: job.turn))
-    small = [job for job in due if job.decode_bytes < waiting.large_bytes]
-    num_large = sum(job.decode_bytes >= waiting.large_bytes for job in decoding + drawing)
+    small = [job for job in due if waiting.needed_bytes(job) < waiting.large_bytes]
+    num_large = sum(count >= waiting.large_bytes for count in taken)
     if num_large >= max(1, waiting.decode_threads - 1) or (waiting.large_last and small):
         due = small
-    return _first_that_fits(due, held, waiting.max_decode_bytes)
+    return _first_that_fits(waiting, due, [min(count, LARGEST_SHARE * waiting.max_decode_bytes) for count in taken])
 
 
-def _first_that_fits(due: Iterable[Job], held: Sequence[float], limit: float) -> Job | None:
+def _first_that_fits(waiting: Waiting, due: Iterable[Job], taken: Sequence[float]) -> Job | None:
     """The first, unless memory is short. While one large picture holds most of it, smaller ones pass those that must
-    wait for it; else nobody passes, so that a large one gets its turn."""
-    large = max(held, default=0) > limit / 2
+    wait for it; else nobody passes who needs some, so that a large one gets its turn."""
+    held, limit, passing = [*taken, *waiting.cut.values()], waiting.max_decode_bytes, True
     for job in due:
-        if not held or sum(held) + job.decode_bytes <= limit:
+        needed = waiting.needed_bytes(job)
+        if not needed or (passing and (not held or sum(held) + needed <= limit)):
             return job
-        if not large:
-            return None
+        passing = max(held, default=0) > limit / 2
     return None
 
 

@@ -63,12 +63,12 @@ class Request:
     resize: tuple[int, int, int] | None = None
     """A canvas is wanted: shorter side, longest side, divisor."""
     drawing: Drawing | None = None
-    """A drawing is wanted."""
+    """A drawing is wanted. Neither: the picture as it is."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    kind: Literal["canvas", "drawing", "invalid", "too many pixels", "memory"]
+    kind: Literal["canvas", "picture", "drawing", "invalid", "too many pixels", "memory"]
     size: int = 0
     canvas_size: tuple[int, int] = (0, 0)
     valid_size: tuple[int, int] = (0, 0)
@@ -115,7 +115,9 @@ def _end_with_parent(descriptor: int) -> None:
 
 def respond(request: Request, data: bytes) -> "tuple[Answer, memoryview | bytes]":
     try:
-        return _canvas(request, data) if request.drawing is None else _drawing(request, request.drawing, data)
+        if request.drawing is not None:
+            return _drawing(request, request.drawing, data)
+        return _picture(request, data) if request.resize is None else _canvas(request, request.resize, data)
     except TooManyPixels as error:
         return Answer("too many pixels", text=str(error)[:MAX_TEXT]), b""
     except InvalidImage as error:
@@ -126,12 +128,17 @@ def respond(request: Request, data: bytes) -> "tuple[Answer, memoryview | bytes]
         return Answer("memory"), b""
 
 
-def _canvas(request: Request, data: bytes) -> "tuple[Answer, memoryview]":
-    assert request.resize is not None
+def _picture(request: Request, data: bytes) -> "tuple[Answer, memoryview]":
+    payload = decode_image(data, max_pixels=request.max_pixels)
+    height, width, _ = payload.shape
+    return Answer("picture", payload.nbytes, original_size=(height, width)), payload.data.cast("B")
+
+
+def _canvas(request: Request, resize: tuple[int, int, int], data: bytes) -> "tuple[Answer, memoryview]":
     started = perf_counter()
     pixels = decode_image(data, max_pixels=request.max_pixels)
     decoded = perf_counter()
-    canvas = to_canvas(pixels, ResizePolicy(*request.resize))
+    canvas = to_canvas(pixels, ResizePolicy(*resize))
     seconds = decoded - started, perf_counter() - decoded
     payload = canvas.pixels.data.cast("B")
     return Answer("canvas", len(payload), canvas.canvas_size, canvas.size, canvas.original_size, seconds), payload

@@ -17,6 +17,7 @@ from model.image import decode_soon, to_canvas, to_original
 from model.suppress import suppress
 from model.types import Candidates, CanvasImage, Detections
 from service.core.choice import Decode, End, Run, Work
+from service.core.cutting import TooManyWindows, begin_cutting, check_windows, cut, merged
 from service.core.decoders import Decoders
 from service.core.job import Detected, Finish, Job, Options, Part, Stopwatch
 from service.core.line import Line, QueueFull
@@ -50,6 +51,7 @@ class Engine:
         runs_at_once: int,
         decode_threads: int,
         max_image_pixels: int,
+        max_tiles: int,
     ) -> None:
         self.line = Line(
             capacity=queue_capacity,
@@ -63,6 +65,7 @@ class Engine:
         self._store = store
         self._metrics = metrics
         self._max_image_pixels = max_image_pixels
+        self._max_tiles = max_tiles
         self._failures_in_a_row = 0
         self._failures_lock = threading.Lock()
         # While all lanes run and all decoders decode, one more can finish.
@@ -92,18 +95,17 @@ class Engine:
     ) -> list[Job]:  # fmt: skip
         """Admit all the images or none (QueueFull, MemoryFull). Call on the event loop; a job's future has its answer.
 
-        `draws`: the answers are drawings, see Job. A future fails with InvalidImage, TooManyPixels, InferenceFailed,
-        DeadlineExceeded or NotReady; cancel jobs that nobody waits for.
+        `draws`: the answers are drawings, see Job. A future fails with InvalidImage, TooManyPixels, TooManyWindows,
+        InferenceFailed, DeadlineExceeded or NotReady; cancel jobs that nobody waits for.
         """
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + timeout_seconds
         jobs: list[Job] = []
         try:
             for data in images:
-                job = Job(data, model, options, deadline, watch.copy(), finish, draws, loop.create_future())
-                self._plan(job)
-                self._hold(job)
-                jobs.append(job)
-            self.line.admit(jobs, timeout_seconds)
+                jobs.append(Job(data, model, options, deadline, watch.copy(), finish, draws, loop.create_future()))
+                self._plan(jobs[-1])
+            if planned := [job for job in jobs if not job.future.done()]:
+                self.line.admit(planned, timeout_seconds)
         except Refusal:
             for job in jobs:
                 job.future.cancel()
@@ -111,11 +113,18 @@ class Engine:
         return jobs
 
     def _plan(self, job: Job) -> None:
-        """Set what its work may take, by what its file claims."""
-        claim = claim_of(job.data)
+        """Set what its work may take, by what its file claims, and hold that. MemoryFull: no room."""
+        claim, tiling = claim_of(job.data), job.options.tiling
         job.max_pixels = claim.pixels_allowed(self._max_image_pixels)
         job.decode_bytes = claim.decode_bytes(self._max_image_pixels) + COPIES * len(job.data)
         job.drawing_bytes = DRAWING_BYTES_PER_PIXEL * job.max_pixels if job.draws else 0
+        if tiling is not None and claim.size is not None:
+            try:
+                job.canvases_left = 1 + check_windows(claim.size, tiling, self._max_tiles)
+            except TooManyWindows as error:
+                job.future.set_exception(error)
+                return
+        self._hold(job)
 
     def _hold(self, job: Job) -> None:
         """Count its bytes, and those of its drawing, until it is answered or nobody waits. MemoryFull: no room."""
@@ -148,7 +157,7 @@ class Engine:
         job = step.job
         job.watch.lap("queue")
         try:
-            step.parts = [Part(job, self._canvas(job))]
+            step.parts = [Part(job, self._canvas(job))] if job.options.tiling is None else self._cut(job)
         except Exception as error:  # a worker's boundary: whatever it is, the request is answered and its place freed
             step.error = error
         if not job.draws:
@@ -165,6 +174,19 @@ class Engine:
         job.watch.lap("preprocess")
         return canvas
 
+    def _cut(self, job: Job) -> list[Part]:
+        """Cut the next windows; before the first of them the picture is decoded, and comes here as a whole."""
+        if job.picture is None:
+            assert job.options.tiling is not None
+            picture = decode_soon(job.data, max_pixels=job.max_pixels)
+            if picture is None:
+                picture = self.decoders.picture(job)
+            job.watch.lap("decode")
+            begin_cutting(job, job.options.tiling, picture, self._max_tiles)
+        parts = cut(job)
+        job.watch.lap("preprocess")
+        return parts
+
     def _run(self, step: Run) -> None:
         self._metrics.batch_size.observe(len(step.parts))
         try:
@@ -178,12 +200,9 @@ class Engine:
     def _finish(self, job: Job) -> None:
         if job.gone or time.monotonic() >= job.deadline:
             return
-        [part] = job.parts
-        assert part.candidates is not None
         try:
-            detections = postprocess(part.candidates, part.canvas, job.options)
+            detections, size = detected(job)
             job.watch.lap("postprocess")
-            size = part.canvas.original_size
             answer = job.finish(Detected(detections, size, job.model, job.watch), job)
             job.watch.lap("encode")
         except Exception as error:  # a worker's boundary, as in _decode
@@ -215,6 +234,15 @@ class Engine:
         except Exception as error:  # as in _run
             return f"{self._failures_in_a_row} runs failed one after the other, and so did a self-test: {error}"
         return None
+
+
+def detected(job: Job) -> tuple[Detections, tuple[int, int]]:
+    """Make the detections of a job that has run, and say its picture's height and width."""
+    if job.options.tiling is not None:
+        return merged(job), job.picture_size
+    [part] = job.parts
+    assert part.candidates is not None
+    return postprocess(part.candidates, part.canvas, job.options), part.canvas.original_size
 
 
 def postprocess(candidates: Candidates, canvas: CanvasImage, options: Options) -> Detections:

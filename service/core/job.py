@@ -1,18 +1,22 @@
 """One picture on its way through the line, and its stopwatch.
 
-A `Job` has *parts*, the canvases to run. Its encoded bytes, its options and its answer belong to whoever works on it;
-`state` and all below it belong to the line, and change under its lock alone.
+A `Job` has *parts*, the canvases to run: one, or with tiles the whole picture and its windows, which are cut when they
+are needed, a few at a time; after each few the job goes behind all that wait. Its encoded bytes, its picture, its
+options and its answer belong to whoever works on it; `state` and all below it belong to the line, and change under its
+lock alone, but for what is cut: `picture`, `picture_size`, `uncut` and `found`.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
 from model.image import MAX_PIXELS
-from model.types import Candidates, CanvasImage, Detections
+from model.tiles import Found, Tiling, Window
+from model.types import Candidates, CanvasImage, Detections, Pixels
 from service.core.store import LoadedModel
 
 
@@ -28,6 +32,7 @@ class Options:
     nms_threshold: float
     max_detections: int
     label_ids: Collection[int] | None = None
+    tiling: Tiling | None = None
 
 
 @dataclass
@@ -90,6 +95,8 @@ class Part:
     alone: bool = False
     """A batch that held it failed: it is run again, first and by itself."""
     candidates: Candidates | None = None
+    window: Window | None = None
+    """The rectangle of the picture that it shows, where its job has tiles."""
 
     @property
     def group(self) -> tuple[LoadedModel, tuple[int, int]]:
@@ -111,7 +118,8 @@ class Job:
     draws: bool
     """Its answer takes as long as a decode: it is made where pictures are decoded, and its place lasts until then."""
     future: "asyncio.Future[Any]"
-    num_canvases: int = 1
+    canvases_left: int = 1
+    """Those that have not run; until the picture is decoded, by the size that it claims."""
     max_pixels: int = MAX_PIXELS
     """The most that its reader may decode: what its file claims, if that is allowed."""
     decode_bytes: int = 0
@@ -127,9 +135,16 @@ class Job:
     in_hand: int = 0
     """Pieces of it that workers have: its decoding, its drawing, or this many of its parts on the device."""
     parts: list[Part] = field(default_factory=list)
-    """All of them, in the order in which they were cut from the picture."""
+    """Those that were cut last, in order."""
     parts_left: int = 0
-    """Parts that have not run yet, or run now."""
+    """The number of them that have not run yet, or run now."""
+    picture: Pixels | None = None
+    """Held while windows are to be cut from it."""
+    picture_size: tuple[int, int] = (0, 0)
+    """Its height and width, where the job has tiles."""
+    uncut: deque[Window] = field(default_factory=deque)
+    found: Found | None = None
+    """The objects in the windows that were cut before."""
 
     def answer(self, result: Any) -> None:
         """Hand the answer to whoever waits, from any thread."""

@@ -167,7 +167,7 @@ class Line:
 
     def _expected_wait(self) -> float:
         """Seconds until the canvases ahead have run, by the recent rate: an empty line never refuses."""
-        return sum(job.num_canvases for job in self._jobs) * self._rate.seconds_per_canvas
+        return sum(job.canvases_left for job in self._jobs) * self._rate.seconds_per_canvas
 
     # Workers, seated and not.
 
@@ -242,6 +242,10 @@ class Line:
             self._leave(job, error)
             return
         job.state, job.parts, job.parts_left = State.READY, done.parts, len(done.parts)
+        job.canvases_left = len(done.parts) + len(job.uncut)
+        self._waiting.cut.pop(job, None)
+        if job.picture is not None:
+            self._waiting.cut[job] = job.picture.nbytes
         for part in done.parts:
             part.ready_at = self._clock()
             self._waiting.insert(part)
@@ -272,9 +276,15 @@ class Line:
             self._waiting.ran.append(ran)
 
     def _book_part(self, job: Job, ran: deque[Job]) -> None:
-        """A part of the job has run; with the last one a plain job's place is free."""
+        """A part of the job has run. With the last of those that were cut the next are due, behind all that wait; with
+        the last of all a plain job's place is free."""
         job.parts_left -= 1
+        job.canvases_left -= 1
         if job.parts_left:
+            return
+        if job.uncut:
+            job.state = State.ENCODED
+            self._waiting.append(job)
             return
         job.state = State.RAN
         if job.draws:

@@ -87,6 +87,18 @@ class Scene:
             self.waiting.ran.append(deque(self.job(name, None, State.RAN) for name in names))
         return self
 
+    def holding(self, name: str) -> "Scene":
+        """A picture with tiles, of which some windows are on the device and some not yet cut."""
+        job = self.job(name, None, State.RUNNING)
+        self.waiting.cut[job] = self.bytes.get(name, 10)
+        return self
+
+    def cutting(self, name: str) -> "Scene":
+        """Its next windows are due."""
+        self.jobs[name].state = State.ENCODED
+        self.waiting.append(self.jobs[name])
+        return self
+
     def drawn(self, names: str) -> "Scene":
         """Drawings that are due, admitted after all that was named before."""
         for name in names:
@@ -154,7 +166,7 @@ def far_ahead(scene: Scene) -> Scene:
 
 def memory(scene: Scene, *, limit: int = 100) -> Scene:
     scene.waiting.max_decode_bytes, scene.waiting.large_bytes = limit, 50
-    scene.bytes = {"l": 60, "m": 60, "t": 1}
+    scene.bytes = {"x": 95, "l": 60, "m": 60, "t": 1}
     for name, job in scene.jobs.items():
         job.decode_bytes = scene.bytes.get(name, 10)
     return scene
@@ -232,6 +244,13 @@ TABLE = [
     ("the only decoder is for the large too", memory(s(decode_threads=1)).encoded("lb"), "decode l"),
     ("and then for a small one", after_a_large_one(s(decode_threads=1)).encoded("lb"), "decode b"),
     ("or for the next, if no small one waits", after_a_large_one(s(decode_threads=1)).encoded("lm"), "decode l"),
+    ("what windows are cut from counts, too", memory(s()).holding("l").encoded("m"), "wait"),
+    (
+        "windows are cut though the one before them must wait",
+        memory(s()).holding("a").encoded("x").cutting("a"),
+        "decode a",
+    ),
+    ("windows are cut however short memory is", memory(s()).holding("l").decoding("m").cutting("l"), "decode l"),
     # Reload: the device is busy, not a model.
     ("runs of two models are never together", of_n(s(2), running="ab", ready="cd"), "wait"),
     ("the old model's jobs run first", s().ready("ab").ready("c"), "run ab"),

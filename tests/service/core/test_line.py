@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from model.detector import InferenceFailed
+from model.tiles import Window
 from model.types import Candidates, CanvasImage
 from service.core.choice import Decode, End, Finish, Run, Step, Wait, Work
 from service.core.job import DeadlineExceeded, Job, Options, Part, State, Stopwatch
@@ -23,6 +24,7 @@ from service.core.line import Line, QueueFull
 from service.core.store import LoadedModel, NotReady
 from tests.support.serving import FakeDetector, wait_until
 
+WINDOW = Window(0, 0, 64, 64)
 CANDIDATES = Candidates(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
@@ -42,6 +44,13 @@ class Answer(Future[Any]):
 
 def model(max_batch_size: int = 2, lanes: int = 1) -> LoadedModel:
     return LoadedModel(cast("Any", FakeDetector(lanes=lanes)), {}, {}, max_batch_size, "fake")
+
+
+def cut_from(job: Job) -> list[Window]:
+    """The next windows of a picture with tiles, two at a time, whose picture is held until the last are cut."""
+    windows = [job.uncut.popleft() for _ in range(min(2, len(job.uncut)))]
+    job.picture = np.zeros((1, 1, 3), np.uint8) if job.uncut else None
+    return windows or [WINDOW]
 
 
 class Scene:
@@ -91,7 +100,7 @@ class Scene:
     def did(self, step: Work) -> Work:
         """As a worker leaves it that meets no error."""
         if isinstance(step, Decode):
-            step.parts = [Part(step.job, CanvasImage.uniform((64, 64)))]
+            step.parts = [Part(step.job, CanvasImage.uniform((64, 64))) for _ in cut_from(step.job)]
         elif isinstance(step, Run):
             self.end_run(step)
             step.candidates = [CANDIDATES] * len(step.parts)
@@ -151,6 +160,65 @@ def test_a_drawing_holds_its_place_until_it_is_made() -> None:
     finish = scene.work("finish a", scene.did(run))
     assert scene.places == 1
     scene.work("wait", finish)
+    assert scene.places == 0
+
+
+def tiled(scene: Scene, name: str, num_windows: int) -> None:
+    scene.admit(name)
+    scene[name].uncut.extend([WINDOW] * num_windows)
+
+
+def test_windows_are_cut_a_few_at_a_time_and_go_behind_those_that_wait() -> None:
+    scene = Scene(decode_threads=1)
+    tiled(scene, "a", 5)
+    scene.admit("bc")
+    scene.decode("a")
+    assert scene.line.snapshot().places_taken == 3
+    run = scene.work("run aa")
+    scene.decode("bc")
+    run = scene.work("run bc", scene.did(run))
+    cut = scene.work("decode a")
+    finish = scene.work("finish b", scene.did(run))
+    scene.work("finish c", finish)
+    last = scene.work("decode a", scene.did(scene.work("run aa", scene.did(cut))))
+    assert scene.places == 1
+    finish = scene.work("finish a", scene.did(scene.work("run a", scene.did(last))))
+    assert scene.places == 0
+    scene.work("wait", finish)
+
+
+def test_who_came_meanwhile_is_decoded_before_the_next_windows_are_cut() -> None:
+    scene = Scene(decode_threads=1)
+    tiled(scene, "a", 5)
+    run = scene.work("run aa", scene.did(scene.work("decode a")))
+    scene.admit("b")
+    decode = scene.work("decode b", scene.did(run))
+    scene.work("run b", scene.did(decode))
+    scene.work("decode a")
+
+
+def test_the_expected_wait_counts_the_windows_that_have_not_run() -> None:
+    scene = Scene()
+    run_one(scene, "a", seconds=1)
+    tiled(scene, "b", 5)
+    scene["b"].canvases_left = 5
+    assert scene.line.snapshot().expected_wait_seconds == 5
+    decode = scene.did(scene.work("decode b"))
+    scene["b"].canvases_left = 1  # as by a file that did not say its size
+    run = scene.work("run bb", decode)
+    assert scene.line.snapshot().expected_wait_seconds == 5
+    scene.now += 2
+    scene.work("decode b", scene.did(run))
+    assert scene.line.snapshot().expected_wait_seconds == pytest.approx(3)
+
+
+def test_who_leaves_between_two_cuts_lets_go_of_its_picture_and_its_place() -> None:
+    scene = Scene()
+    tiled(scene, "a", 5)
+    run = scene.work("run aa", scene.did(scene.work("decode a")))
+    scene.line.leave(scene["a"])
+    assert scene.places == 1, "it is on the device"
+    scene.work("wait", scene.did(run))
     assert scene.places == 0
 
 
@@ -466,6 +534,7 @@ def test_no_worker_sleeps_while_there_is_something_to_choose(seed: int) -> None:
         for _ in range(chance.randrange(1, 12)):
             name, draws = f"{next(names)}", chance.random() < 0.2
             job = scene.job(name, time.monotonic() + chance.choice((60, 60, 0.001)), draws, None)
+            job.uncut.extend([WINDOW] * chance.choice((0, 0, 1, 7)))
             try:
                 scene.line.admit([job], timeout_seconds=60)
             except QueueFull:
