@@ -259,13 +259,14 @@ function shownDetections() {
 }
 
 function outcome() {
-  const shown = shownDetections().length, all = state.answer.detections.length, score = Number($("score").value).toFixed(2);
-  const time = `in ${Math.round(state.answer.timing_ms.total)} ms`;
-  if (shown) return `${count(shown, "object")} ${time}`;
-  const hint = isShapes() ? " This model knows drawn shapes only: `make coco` serves one for everyday objects." : "";
-  if (!all) return `Nothing found ${time}.${hint}`;
-  const hidden = state.unchecked.size ? "with these labels " : "";
-  return `Nothing found ${hidden}above a score of ${score}. ${count(all, "fainter or hidden object")} came: lower the threshold to see more.${hint}`;
+  const shown = shownDetections().length, { detections, timing_ms: timing } = state.answer;
+  if (shown) return `${count(shown, "object")} in ${milliseconds(timing.total)}`;
+  const score = Number($("score").value).toFixed(2), labels = state.unchecked.size ? " with these labels" : "";
+  const where = detections.length ? `${labels} above a score of ${score}` : ` in ${milliseconds(timing.total)}`;
+  const more = !detections.length ? "" : labels ? ` ${count(detections.length, "object")} came with other labels or lower scores.`
+    : ` The best of ${detections.length} scores ${detections[0].score.toFixed(2)}: lower the threshold to see it.`;
+  const hint = isShapes() ? " This model knows drawn shapes; `make coco` serves one for everyday objects." : "";
+  return `Nothing found${where}.${more}${hint}`;
 }
 
 const isShapes = () => state.model && (state.model.name === "shapes" || /^shapes/.test(state.model.data_set ?? ""));
@@ -292,15 +293,19 @@ function renderModel() {
   $("model-name").textContent = model.name;
   document.title = `${model.name} · retinaserve`;
   const few = labels.slice(0, FEW_LABELS), more = labels.length - few.length;
-  $("knows").replaceChildren("Finds ", ...few.flatMap((label, n) => [n ? (n === few.length - 1 && !more ? " and " : ", ") : "", element("b", { textContent: label })]),
-    more ? ` and ${more} more.` : ".");
+  const between = (n) => (n === 0 ? "Finds " : n === few.length - 1 && !more ? " and " : ", ");
+  const named = few.flatMap((label, n) => [between(n), element("b", { textContent: label })]);
+  $("knows").replaceChildren(...named, more ? ` and ${more} more.` : ".");
   $("fallback").hidden = !model.fell_back;
-  $("fallback").textContent = "The CPU stands in for CUDA. A GPU was wanted and does not work: the service's log says why. Answers are right, and slow.";
+  $("fallback").textContent =
+    "The CPU stands in for CUDA. A GPU was wanted and does not work: the service's log says why. Answers are right, and slow.";
   const device = model.provider.replace("ExecutionProvider", "");
   const ap = model.ap == null ? [] : [["AP", model.ap.toFixed(3), model.data_set && `on ${model.data_set}`]];
   const facts = [...ap, ["Runs on", device, model.precision], ["SHA-256", model.sha256.slice(0, 12), ""]];
-  $("facts").replaceChildren(...facts.map(([name, value, more]) =>
-    element("div", {}, element("dt", { textContent: name }), element("dd", {}, value, more ? element("small", { textContent: ` ${more}` }) : ""))));
+  $("facts").replaceChildren(...facts.map(([name, value, rest]) => {
+    const small = rest ? element("small", { textContent: ` ${rest}` }) : "";
+    return element("div", {}, element("dt", { textContent: name }), element("dd", {}, value, small));
+  }));
   $("facts").lastChild.title = model.sha256;
 }
 
@@ -331,7 +336,8 @@ function renderBoxes(shown) {
     return box;
   }));
   const counts = [...countBy(shown)].map(([label, n]) => `${n} ${label}`).join(", ");
-  $("canvas").setAttribute("aria-label", !state.answer ? "The picture" : `The picture with ${count(shown.length, "box", "boxes")}${counts && `: ${counts}`}`);
+  const boxes = state.answer ? ` with ${count(shown.length, "box", "boxes")}` : "";
+  $("canvas").setAttribute("aria-label", `The picture${boxes}${counts && `: ${counts}`}`);
 }
 
 /* Gives each box's tag the spot where it hides least, the best score first; a tag that would hide another's shows only
@@ -390,7 +396,8 @@ function activate(n, { show = false, scroll = false } = {}) {
 
 function centre(box) {
   const viewport = $("viewport");
-  viewport.scrollTo(box.offsetLeft + (box.offsetWidth - viewport.clientWidth) / 2, box.offsetTop + (box.offsetHeight - viewport.clientHeight) / 2);
+  const left = box.offsetLeft + (box.offsetWidth - viewport.clientWidth) / 2;
+  viewport.scrollTo(left, box.offsetTop + (box.offsetHeight - viewport.clientHeight) / 2);
 }
 
 /* The smallest box below the pointer: of boxes in one another the inner one can be reached too. */
@@ -452,21 +459,24 @@ function renderTiming() {
   $("timing").hidden = !state.answer;
   if (!state.answer) return;
   const timing = state.answer.timing_ms, stages = STAGES.filter((stage) => stage in timing);
-  $("timing-total").textContent = `${milliseconds(timing.total)} in the service, ${milliseconds(state.roundTrip)} with the way there and back`;
+  $("timing-total").textContent =
+    `${milliseconds(timing.total)} in the service, ${milliseconds(state.roundTrip)} with the way there and back`;
   $("timing-bar").replaceChildren(...stages.map((stage, n) => {
     const part = element("span", { className: `part s${n}` });
     part.style.flexGrow = timing[stage];
     return part;
   }));
-  $("timing-list").replaceChildren(...stages.map((stage, n) =>
-    element("li", {}, element("span", { className: `dot s${n}` }), stage, " ", element("b", { textContent: milliseconds(timing[stage]) }))));
+  $("timing-list").replaceChildren(...stages.map((stage, n) => {
+    const dot = element("span", { className: `dot s${n}` });
+    return element("li", {}, dot, stage, " ", element("b", { textContent: milliseconds(timing[stage]) }));
+  }));
 }
 
 /* The answer of the call with the present settings, a detection on each line. */
 function json(shown) {
   if (!state.answer) return "";
-  const { detections: _, ...rest } = state.answer, lines = shown.map((found) => `  ${JSON.stringify(found)}`).join(",\n");
-  const others = Object.entries(rest).map(([name, value]) => ` ${JSON.stringify(name)}: ${JSON.stringify(value)}`).join(",\n");
+  const { detections: _, ...rest } = state.answer, lines = shown.map((found) => `  ${oneLine(found)}`).join(",\n");
+  const others = Object.entries(rest).map(([name, value]) => ` ${JSON.stringify(name)}: ${oneLine(value)}`).join(",\n");
   return `{"detections": [${lines && `\n${lines}\n `}],\n${others}}\n`;
 }
 
@@ -495,9 +505,10 @@ function curl({ name, example, key, query }) {
 
 function python({ name, example, key, query }) {
   const value = ([option, each]) => `("${option}", ${option === "label" ? JSON.stringify(each) : each})`;
+  const ours = `httpx.get(${JSON.stringify(url("playground/example.jpg"))}).content`;
   return [
     ...(key ? ["import os", ""] : []), "import httpx", "",
-    example ? `image = httpx.get(${JSON.stringify(url("playground/example.jpg"))}).content` : `image = open(${JSON.stringify(name)}, "rb").read()`,
+    `image = ${example ? ours : `open(${JSON.stringify(name)}, "rb").read()`}`,
     "response = httpx.post(",
     `    ${JSON.stringify(url("detect"))},`,
     `    params=[${query.map(value).join(", ")}],`,
@@ -507,7 +518,8 @@ function python({ name, example, key, query }) {
 }
 
 function javascript({ name, example, key, query }) {
-  const picture = example ? `await (await fetch(${JSON.stringify(url("playground/example.jpg"))})).blob()` : `await openAsBlob(${JSON.stringify(name)})`;
+  const ours = `await (await fetch(${JSON.stringify(url("playground/example.jpg"))})).blob()`;
+  const picture = example ? ours : `await openAsBlob(${JSON.stringify(name)})`;
   return [
     ...(example ? [] : ['import { openAsBlob } from "node:fs"; // Node 20 or later, as a module; in a page take the File of an input', ""]),
     "const body = new FormData();", `body.append("image", ${picture}, ${JSON.stringify(name)});`,
@@ -558,18 +570,21 @@ function savePicture() {
     pen.fillStyle = "#14161a";
     pen.fillText(text, x + 4, y + 3);
   }
-  const jpeg = state.picture.file.type === "image/jpeg";
-  canvas.toBlob((blob) => (blob ? save(blob, `${stem()}-detections.${jpeg ? "jpg" : "png"}`) : say("This picture is too large for the browser to draw.")),
-    jpeg ? "image/jpeg" : "image/png", 0.92);
+  const [type, ending] = state.picture.file.type === "image/jpeg" ? ["image/jpeg", "jpg"] : ["image/png", "png"];
+  const drawn = (blob) => (blob ? save(blob, `${stem()}-detections.${ending}`) : say("The picture is too large for this browser to draw."));
+  canvas.toBlob(drawn, type, 0.92);
 }
 
 // ---- small things
 
-const say = (text) => ($("status").textContent = text);
+/* Says an outcome; what stands in backticks is a command. */
+const say = (text) =>
+  $("status").replaceChildren(...text.split("`").map((part, n) => (n % 2 ? element("code", { textContent: part }) : part)));
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
 const bytes = (n) => (n >= MANY_BYTES ? `${(n / 1e6).toFixed(1)} MB` : `${Math.max(1, Math.round(n / 1000))} kB`);
-const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
+const milliseconds = (ms) => (ms < 1000 ? `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
+const oneLine = (value) => JSON.stringify(value, null, 1).replace(/\n */g, " ");
 const openPanel = () => document.querySelector("[role=tabpanel]:not([hidden])");
 
 function countBy(detections) {
@@ -688,7 +703,10 @@ $("canvas").onpointermove = (event) => {
   if (event.buttons && event.pointerType === "mouse") viewport.scrollBy(-event.movementX, -event.movementY);
   else if (state.answer) activate(boxAt(event), { scroll: true });
 };
-const activateFocused = () => activate(document.activeElement.matches("#rows tr") ? [...$("rows").children].indexOf(document.activeElement) : null);
+const activateFocused = () => {
+  const focused = [...$("rows").children].indexOf(document.activeElement);
+  activate(focused < 0 ? null : focused);
+};
 $("canvas").onpointerleave = activateFocused;
 $("canvas").onclick = (event) => state.answer && $("rows").children[boxAt(event) ?? -1]?.focus({ preventScroll: true });
 $("canvas").ondragstart = (event) => event.preventDefault();
