@@ -129,6 +129,28 @@ DEMO = TrainConfig(
 (docs/training-log.md).
 """
 
+SMALL = replace(
+    DEMO,
+    optimiser=replace(DEMO.optimiser, learning_rate=1e-3, warmup_steps=50, ema_decay=0.99),
+    augment=AugmentConfig(
+        vertical_flip=0.5,
+        transpose=0.5,
+        shorter_sides=(320,),
+        scale_jitter=(0.75, 1.3),
+        crop_sizes=(320,),
+        crop_batch_sizes=(8,),
+        crop_probabilities=(1.0,),
+        brightness=0.1,
+        contrast=0.1,
+    ),
+    resize=ResizePolicy(shorter_side=320, longest_side=533),
+    steps=600,
+    evaluate_every=300,
+    evaluate_images=0,
+)
+"""A few hundred annotated pictures, fine-tuned from a checkpoint on two cores.
+"""
+
 ABLATION = replace(
     DEMO,
     model=replace(
@@ -166,6 +188,7 @@ PRESETS: Mapping[str, TrainConfig] = {
     "detectron2-3x": DETECTRON2_3X,
     "rpn": RPN,
     "demo": DEMO,
+    "small": SMALL,
     "ablation": ABLATION,
     "article": ABLATION,  # the name that it had
 }
