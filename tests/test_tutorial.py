@@ -134,7 +134,6 @@ def correct_by_hand(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # supervision's own
 def test_the_walk_leads_from_annotations_to_a_served_model_and_round_again(folder: Path) -> None:
-    pytest.importorskip("supervision", reason="the walk converts with supervision, of the extra `dev`")
     with ExitStack() as services:
         walk = Walk(folder, services)
         for language, block in BLOCKS:
