@@ -191,11 +191,15 @@ def _leaves(config_class: type[Any]) -> list[tuple[str, Any, str]]:
 
 
 def _argument(hint: Any) -> dict[str, Any]:
-    """argparse's arguments for a type: a Literal's choices, several values for a tuple, --x and --no-x for a bool."""
+    """argparse's arguments for a type: a Literal's choices, as many values as a tuple has, --x and --no-x for a bool.
+
+    A tuple of any length may be empty: `--crop-sizes` alone trains on whole pictures.
+    """
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
-        return {"type": get_args(hint)[0], "nargs": "+", "metavar": "X"}
+        kind, *others = get_args(hint)
+        return {"type": kind, "nargs": "*" if others == [...] else 1 + len(others), "metavar": "X"}
     if hint in (bool, bool | None):
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint, "metavar": "X"}

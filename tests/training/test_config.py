@@ -70,6 +70,15 @@ def test_a_flag_overrides_its_value_wherever_it_lives() -> None:
     assert config.loss == PRESETS["paper"].loss
 
 
+def test_a_list_can_be_emptied_and_a_pair_is_two_values(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = override(PRESETS["demo"], parsed("--crop-sizes", "--crop-batch-sizes", "--crop-probabilities"))
+    assert whole.augment.crop_sizes == whole.augment.crop_batch_sizes == whole.augment.crop_probabilities == ()
+    assert override(PRESETS["demo"], parsed("--scale-jitter", "1", "2")).augment.scale_jitter == (1.0, 2.0)
+    with pytest.raises(SystemExit):
+        parsed("--scale-jitter", "1")
+    assert "expected 2 arguments" in capsys.readouterr().err
+
+
 def test_without_flags_a_preset_stays_as_it_is() -> None:
     assert override(PRESETS["demo"], parsed()) == PRESETS["demo"]
 
