@@ -25,6 +25,7 @@ PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
 NAMES = ["RBC", "Platelets", "WBC"]
 PICTURES = 10
+OUR_CODE = {"PYTHONPATH": str(ROOT)}
 COLOURS = ((60, 60, 200), (200, 60, 160), (90, 20, 90))
 FEWER = {
     "train": "--steps 2 --crop-sizes 64 --crop-batch-sizes 2 --workers 0 --device cpu",
@@ -47,7 +48,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "new").mkdir()
     for seed, name in enumerate(("photo", "other"), start=PICTURES):
         cv2.imwrite(str(tmp_path / "new" / f"{name}.jpg"), draw(seed)[0])
-    (tmp_path / "model").symlink_to(ROOT / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pretrained").symlink_to(ROOT / "model" / "pretrained")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -112,8 +114,8 @@ class Walk:
             case ["python", "-m", "service", "detect", *flags]:
                 assert service(["detect", *flags, *FEWER["detect"].split()]) == 0, command
             case ["python", "-m", "service", "--model", file, *flags]:
-                model = self.folder / file
-                self.server = self.services.enter_context(server_process(self.folder, *flags, model_path=model))
+                serving = server_process(self.folder, *flags, model_path=self.folder / file, environment=OUR_CODE)
+                self.server = self.services.enter_context(serving)
             case ["curl", *rest]:
                 assert self.server is not None
                 asked = [word.replace("http://127.0.0.1:8000", self.server.url) for word in rest]
