@@ -134,6 +134,7 @@ def correct_by_hand(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore")  # supervision's own
 def test_the_walk_leads_from_annotations_to_a_served_model_and_round_again(folder: Path) -> None:
     with ExitStack() as services:

@@ -131,7 +131,7 @@ DEMO = TrainConfig(
 
 SMALL = replace(
     DEMO,
-    optimiser=replace(DEMO.optimiser, learning_rate=1e-3, warmup_steps=50, ema_decay=0.99),
+    optimiser=replace(DEMO.optimiser, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99),
     augment=AugmentConfig(
         vertical_flip=0.5,
         transpose=0.5,
@@ -148,7 +148,9 @@ SMALL = replace(
     evaluate_every=300,
     evaluate_images=0,
 )
-"""A few hundred annotated pictures, fine-tuned from a checkpoint on two cores.
+"""A few hundred annotated pictures, fine-tuned from the demo model's checkpoint on crops at 320 px.
+`python -m training train --preset small --init model/pretrained/shapes.pt --data BCCD --out runs/bccd`: AP 0.601 and
+AP50 0.925 on BCCD's 72 test pictures, of one seed (docs/training-log.md).
 """
 
 ABLATION = replace(
