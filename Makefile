@@ -8,7 +8,7 @@ COCO := models
 COCO_WEIGHTS := coco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install check lint fast-test test test-foreign coverage format docs coco client demo-model ablations article bench docker-test docker-requirements clean
+.PHONY: serve install check lint fast-test test test-foreign test-slow coverage format docs coco client demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see docs/benchmarks.md
@@ -44,6 +44,14 @@ test-foreign: $(FOREIGN:%=.venv-%/.installed) ## what cannot share .venv: each f
 	@for name in $(FOREIGN); do .venv-$$name/bin/python -m pytest tests/foreign/$$name || exit 1; done
 
 .venv-%/.installed: tests/foreign/%/requirements.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+test-slow: install .venv-label-studio/.installed ## run by hand: tasks of `service detect` in a real Label Studio
+	LABEL_STUDIO=$(CURDIR)/.venv-label-studio/bin/label-studio $(BIN)/python -m pytest tests/slow
+
+.venv-%/.installed: tests/slow/%.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@

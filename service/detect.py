@@ -27,6 +27,7 @@ from model.tiles import MAX_OVERLAP, MAX_TILE, MIN_TILE, OVERLAP, Tiling
 from model.types import Detections, Pixels, coco_results
 from service.config import PROGRAM, OneLineParser, Settings, add_setting_flags, read_settings
 from service.drawing import SideTooLong, draw, encode_picture
+from service.label_studio import LOCAL_FILES, LabelConfig, Tasks, read_label_config
 from service.logs import printable
 from service.outputs import check_outputs
 
@@ -48,12 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     settings = read_settings(parser, given)
     try:
+        config = _label_config(given)
         tiling = Tiling.asked_for(given.tile, given.overlap)
         files, left_out = find_images(given.images)
         drawings = [] if given.draw is None else [drawing_of(given.draw / name) for _, name in files]
-        results_file = [] if given.out is None else [given.out]
-        check_outputs([*(path for path, _ in files), settings.model_file], [*drawings, *results_file])
-        for path in results_file:
+        results_files = [path for path in (given.out, given.label_studio) if path is not None]
+        check_outputs([*(path for path, _ in files), settings.model_file], [*drawings, *results_files])
+        for path in results_files:
             path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written shall be told before the work
         detector = Detector(
             settings.model_file,
@@ -61,12 +63,18 @@ def main(arguments: Sequence[str]) -> int:
             threads=settings.threads,
             gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
         )
-        results, failed = detect_files(detector, files, settings, drawings, tiling)
-        _write_results(results, given.out)
+        tasks = None if config is None else Tasks(detector, config, given.image_url or LOCAL_FILES)
+        results, failed = detect_files(detector, files, settings, drawings, tiling, tasks)
+        if tasks is None or given.out is not None:
+            _write_results(results, given.out)
+        if tasks is not None:
+            _write(given.label_studio, tasks.json().encode())
     except (InvalidModel, DeviceUnavailable, OSError, ValueError) as error:
         parser.error(str(error))
     if left_out:
         sys.stderr.write(printable(f"{left_out.total()} files were left out: {_counts(left_out)}") + "\n")
+    if tasks is not None and tasks.skipped:
+        sys.stderr.write(printable(f"the label configuration has no label for {_counts(tasks.skipped)}") + "\n")
     if failed:
         sys.stderr.write(f"{len(failed)} of {len(files)} files could not be read or drawn\n")
     return 1 if failed else 0
@@ -87,8 +95,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overlap", type=float, metavar="X", help=f"share that windows have in common, 0 to {MAX_OVERLAP} [{OVERLAP}]"
     )
+    parser.add_argument(
+        "--label-studio",
+        type=Path,
+        metavar="FILE",
+        help="write tasks that Label Studio imports, with boxes, here [not]",
+    )
+    parser.add_argument(
+        "--label-config", type=Path, metavar="FILE", help="the XML of their project [names label and image, any label]"
+    )
+    parser.add_argument(
+        "--image-url", metavar="URL", help=f"what stands before a picture's name in its address [{LOCAL_FILES}]"
+    )
     add_setting_flags(parser, SETTINGS)
     return parser
+
+
+def _label_config(given: argparse.Namespace) -> LabelConfig | None:
+    """None: no tasks are wanted. ValueError: the file is no label configuration, or is given for nothing."""
+    if given.label_studio is None:
+        if given.label_config is not None or given.image_url is not None:
+            raise ValueError("--label-config and --image-url go with --label-studio")
+        return None
+    return LabelConfig() if given.label_config is None else read_label_config(given.label_config)
 
 
 def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collections.Counter[str]]:
@@ -138,10 +167,10 @@ def _but(kinds: collections.Counter[str]) -> str:
 
 def detect_files(
     detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, drawings: Sequence[Path] = (),
-    tiling: Tiling | None = None,
+    tiling: Tiling | None = None, tasks: Tasks | None = None,
 ) -> tuple[list[dict[str, Any]], list[Path]]:  # fmt: skip
     """COCO results of all files, and the files that could not be read or drawn. `drawings`: where to, one for each
-    file, or none at all. ValueError: two files have one image_id."""
+    file, or none at all. `tasks` gets each file that was read. ValueError: two files have one image_id."""
     results: list[dict[str, Any]] = []
     failed: list[Path] = []
     owners: dict[int | str, Path] = {}
@@ -149,7 +178,7 @@ def detect_files(
         if (owner := owners.setdefault(image_id_of(path), path)) != path:
             raise ValueError(f"{owner} and {path} would have the same image_id {image_id_of(path)!r}")
     with tqdm(files, unit="image", disable=None) as progress:
-        for number, (path, _) in enumerate(progress):
+        for number, (path, name) in enumerate(progress):
             try:
                 pixels = decode_image(read_image(path, settings), max_pixels=settings.max_image_pixels)
                 detections = detector.detect(
@@ -160,6 +189,8 @@ def detect_files(
                     tiling=tiling,
                 )
                 results += coco_results(image_id_of(path), detections)
+                if tasks is not None:
+                    tasks.add(name, pixels.shape[:2], detections)
                 if drawings:
                     _write_drawing(drawings[number], pixels, detections, detector)
             except Exception as error:  # the boundary of one file: whatever it is, the others' results are kept

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(command: list[str], folder: Path) -> str:
-    home = {"PYTHONPATH": str(ROOT / "client"), "HF_HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    home = {"PYTHONPATH": f"{ROOT / 'client'}:{ROOT}", "HF_HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=os.environ | home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -102,6 +102,16 @@ def test_javascript(url: str, folder: Path) -> None:
     call = '\nrequire("fs").openAsBlob("photo.jpg").then(detect).then((found) => console.log(JSON.stringify(found)));'
     [found] = json.loads(run([str(NODE), "-e", code.replace(ADDRESS, url) + call], folder))
     assert (found["label"], found["box"]["xmax"]) == ("circle", 80)
+
+
+def test_label_studio(folder: Path) -> None:
+    [line] = recipes("Label Studio", "sh")
+    (folder / "photos" / "aa.jpg").unlink()
+    rectangles = '<RectangleLabels name="l" toName="i"><Label value="star"/></RectangleLabels>'
+    (folder / "project.xml").write_text(f'<View><Image name="i" value="$image"/>{rectangles}</View>')
+    run(["sh", "-c", line.replace("python", sys.executable, 1)], folder)
+    tasks = json.loads((folder / "tasks.json").read_text())
+    assert [task["data"] for task in tasks] == [{"image": f"/data/local-files/?d=photos/{name}.jpg"} for name in "ab"]
 
 
 def test_coco(url: str, folder: Path) -> None:
