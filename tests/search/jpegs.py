@@ -20,7 +20,8 @@ RANGES = {
     "stray_bytes": (0, 2**20), "behind_scans": (0, 64), "trailer": (0, 2**20), "restart": (0, 64),
 }  # fmt: skip
 
-MAX_WRITTEN_PIXELS = 4_000_000
+MAX_SCAN_BYTES = 16 * 2**20
+MAX_WRITTEN_PIXELS = 1_000_000
 """A larger frame is claimed, and its scans end early."""
 
 
@@ -33,7 +34,8 @@ def build(genes: Genes, max_pixels: int) -> bytes:
     scans: list[Segment] = []
     for segment in parse(base).segments:
         (scans if segment.marker == SOS else head).append(segment)
-    scans = (scans * -(-genes["scans"] // len(scans)))[: genes["scans"]]
+    fit = MAX_SCAN_BYTES // max(1, *(len(scan.scan) for scan in scans))
+    scans = (scans * -(-genes["scans"] // len(scans)))[: max(1, min(genes["scans"], fit))]
     head = [_resized(segment, height) for segment in head]
     if genes["restart"]:
         head.append(Segment(DRI, genes["restart"].to_bytes(2, "big")))

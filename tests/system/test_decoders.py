@@ -1,77 +1,19 @@
 """Pictures that take much memory or time, legal or not, beside a good client: it keeps its service, and the memory of
 the service and its children stays within its bound and comes back."""
 
-import contextlib
 import io
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 from PIL import Image
 
 from service.core.memory import Budget
 from tests.support.load import connected, request_head
-from tests.support.serving import ServerProcess, picture, server_process, wait_until
-
-SETTLED = 200 * 2**20
-"""What may stay in the allocators' hands."""
-
-
-def memory(process: psutil.Process) -> int:
-    """Bytes of the service and its children, each shared page counted once."""
-    total = 0
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            total += each.memory_full_info().pss
-    return total
-
-
-@dataclass
-class Watch:
-    """What a good client and a probe see, and the memory, while an attack goes on."""
-
-    server: ServerProcess
-    highest: int = 0
-    slowest_answer: float = 0
-    slowest_probe: float = 0
-
-    def look(self, until: threading.Event) -> None:
-        process = psutil.Process(self.server.process.pid)
-        with httpx.Client(base_url=self.server.url, timeout=60) as client:
-            while not until.is_set():
-                self.highest = max(self.highest, memory(process))
-                started = time.perf_counter()
-                assert client.get("/healthz").status_code == 200
-                probed = time.perf_counter()
-                good = picture(90, 60, kind="JPEG")
-                answer = client.post("/detect", content=good, headers={"Content-Type": "image/jpeg"})
-                assert answer.status_code == 200, answer.text
-                self.slowest_probe = max(self.slowest_probe, probed - started)
-                self.slowest_answer = max(self.slowest_answer, time.perf_counter() - probed)
-
-
-@contextlib.contextmanager
-def watched(server: ServerProcess) -> Iterator[Watch]:
-    watch, over = Watch(server), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        looking = pool.submit(watch.look, over)
-        try:
-            yield watch
-        finally:
-            over.set()
-        looking.result(120)
-
-
-def ask(server: ServerProcess, image: bytes, accept: str = "application/json") -> int:
-    headers = {"Content-Type": "application/octet-stream", "Accept": accept}
-    return httpx.post(server.url + "/detect", content=image, headers=headers, timeout=120).status_code
-
+from tests.support.serving import picture, server_process, wait_until
+from tests.support.watching import SETTLED, ask, memory, watched
 
 OPTIONS: dict[str, dict[str, object]] = {
     "progressive": {"format": "JPEG", "progressive": True, "subsampling": 0},

@@ -162,6 +162,7 @@ def test_a_scan_that_lost_its_place_is_refused() -> None:
 def test_scans_are_counted_in_the_jpeg_alone() -> None:
     thumbnail = segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 1000)
     np.testing.assert_array_equal(decode_image(before(0xDB, thumbnail, jpeg())), decode_image(jpeg()))
+    np.testing.assert_array_equal(decode_image(jpeg() + b"\xff\xda" * 1000), decode_image(jpeg()))
 
 
 def test_segments_without_end_are_refused_at_once() -> None:
