@@ -19,7 +19,7 @@ from model.tiles import Tiling
 from training.arguments import build_parser
 from training.checkpoint import InvalidCheckpoint
 from training.coco import InvalidDataSet, load_coco
-from training.config import override
+from training.config import with_flags
 from training.presets import PRESETS
 from training.stopping import EXIT_CODE, Terminated
 
@@ -51,7 +51,7 @@ def demo(options: argparse.Namespace) -> None:
 def anchors(options: argparse.Namespace) -> None:
     from training.report.anchor_fit import fit_anchors
 
-    config = override(PRESETS[options.preset], vars(options))
+    config = with_flags(PRESETS[options.preset], vars(options))
     data_set = load_coco(options.data, options.split)
     print(fit_anchors(data_set, config.resize, config.model.level_anchors, config.loss).table())
 
@@ -63,7 +63,7 @@ def train(options: argparse.Namespace) -> None:
     from training.exchange.finetune import fine_tuning_config, lineage
     from training.train import train as run_training
 
-    config, init = override(PRESETS[options.preset], vars(options)), None
+    config, init = with_flags(PRESETS[options.preset], vars(options)), None
     notes = {
         "command": "python -m training " + shlex.join(sys.argv[1:]),
         "commit": current_commit(),

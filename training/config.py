@@ -67,7 +67,9 @@ class AugmentConfig:
     horizontal_flip: Annotated[float, "probability"] = 0.5
     vertical_flip: Annotated[float, "probability"] = 0.0
     transpose: Annotated[float, "probability of swapping rows and columns"] = 0.0
-    shorter_sides: Annotated[tuple[int, ...], "px; one is drawn for each sample"] = (800,)
+    shorter_sides: Annotated[
+        tuple[int, ...], "px; one is drawn for each sample; not given, they follow --shorter-side in proportion"
+    ] = (800,)
     scale_jitter: Annotated[tuple[float, float], "range of a further factor on the scale, log-uniform"] = (1.0, 1.0)
     crop_sizes: Annotated[
         tuple[int, ...], "px; sides of square crops, one drawn for each step; none: whole pictures"
@@ -150,6 +152,24 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
         elif values.get(entry.name) is not None:
             changes[entry.name] = _frozen(values[entry.name])
     return replace(config, **changes)  # type: ignore[type-var]
+
+
+def with_flags(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
+    """`override` by the command line. Without --shorter-sides those of training follow --shorter-side in proportion.
+
+    ValueError: a side is larger than the longest allowed.
+    """
+    changed = override(config, flags)
+    if flags.get("shorter_sides") is None:
+        ratio = changed.resize.shorter_side / config.resize.shorter_side
+        sides = tuple(round(side * ratio) for side in config.augment.shorter_sides)
+        changed = replace(changed, augment=replace(changed.augment, shorter_sides=sides))
+    if max(changed.augment.shorter_sides) > changed.resize.longest_side:
+        raise ValueError(
+            f"training's shorter sides {changed.augment.shorter_sides} exceed the longest side "
+            f"{changed.resize.longest_side}: give --shorter-sides or --longest-side"
+        )
+    return changed
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+PAIRS = 2**23
+"""Anchors × objects (or regions) that are compared at once: some 30 bytes each."""
 BACKGROUND = -1
 IGNORED = -2
 
@@ -29,17 +31,22 @@ def match(
     returns  int64 [A]
     """
     matches = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
-    if len(ignored):
-        matches[_share_inside(anchors, ignored).amax(dim=1) >= 0.5] = IGNORED
+    some = max(1, PAIRS // max(1, len(anchors)))
+    for start in range(0, len(ignored), some):
+        matches[_share_inside(anchors, ignored[start : start + some]).amax(dim=1) >= 0.5] = IGNORED
     if not len(boxes) or not len(anchors):
         return matches
-    iou = box_iou(boxes, anchors)
-    best_iou, best_box = iou.max(dim=0)
+    best_iou, best_box = anchors.new_full((len(anchors),), -1), torch.zeros_like(matches)
+    is_best = torch.zeros_like(matches, dtype=torch.bool)
+    for start in range(0, len(boxes), some):
+        iou = box_iou(boxes[start : start + some], anchors)
+        highest, box = iou.max(dim=0)
+        better = highest > best_iou
+        best_iou, best_box = torch.where(better, highest, best_iou), torch.where(better, box + start, best_box)
+        best_of_box = iou.amax(dim=1, keepdim=True)
+        is_best |= ((iou == best_of_box) & (best_of_box > 0)).any(dim=0)
     matches[(best_iou >= bg_iou_threshold) & (best_iou < fg_iou_threshold)] = IGNORED
-    positive = best_iou >= fg_iou_threshold
-    best_of_box = iou.amax(dim=1, keepdim=True)
-    positive |= ((iou == best_of_box) & (best_of_box > 0)).any(dim=0)
-    return torch.where(positive, best_box, matches)
+    return torch.where((best_iou >= fg_iou_threshold) | is_best, best_box, matches)
 
 
 def match_inside(

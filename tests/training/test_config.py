@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from training.config import TrainConfig, add_flags, from_dict, override, to_dict
+from training.config import TrainConfig, add_flags, from_dict, override, to_dict, with_flags
 from training.presets import PRESETS
 
 
@@ -77,6 +77,27 @@ def test_a_list_can_be_emptied_and_a_pair_is_two_values(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parsed("--scale-jitter", "1")
     assert "expected 2 arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "sides"),
+    [
+        ("paper", ("--shorter-side", "128", "--longest-side", "224"), (128,)),
+        ("torchvision-v2", ("--shorter-side", "400"), tuple(range(240, 401, 16))),
+        ("paper", ("--shorter-side", "128", "--longest-side", "224", "--shorter-sides", "96", "160"), (96, 160)),
+    ],
+)
+def test_trainings_shorter_sides_follow_the_one_that_is_served(
+    preset: str, flags: tuple[str, ...], sides: tuple[int, ...]
+) -> None:
+    config = with_flags(PRESETS[preset], parsed(*flags))
+    assert config.augment.shorter_sides == sides
+    assert config.resize.shorter_side == int(flags[1])
+
+
+def test_a_shorter_side_beyond_the_longest_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shorter sides \(800,\) exceed the longest side 224"):
+        with_flags(PRESETS["paper"], parsed("--shorter-side", "128", "--longest-side", "224", "--shorter-sides", "800"))
 
 
 def test_without_flags_a_preset_stays_as_it_is() -> None:

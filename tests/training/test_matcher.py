@@ -1,9 +1,11 @@
 """Who is responsible for which object: the thresholds, the edges, and torchvision's matcher."""
 
+import pytest
 import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from training import matcher
 from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
 
 NONE = torch.zeros(0, 4)
@@ -51,7 +53,9 @@ def test_background_anchors_inside_an_ignored_region_do_not_count() -> None:
     assert matched(anchors, [[20.0, 20, 30, 30]], region) == [IGNORED, IGNORED, BACKGROUND, 0]
 
 
-def test_the_matches_are_torchvisions_on_random_boxes() -> None:
+@pytest.mark.parametrize("pairs", [matcher.PAIRS, 3 * 400, 1])
+def test_the_matches_are_torchvisions_on_random_boxes(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "PAIRS", pairs)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         corners = torch.rand(400, 2, generator=generator) * 100
@@ -97,3 +101,20 @@ def test_the_seed_alone_decides_which_anchors_are_drawn() -> None:
     matches = torch.full((5000,), BACKGROUND)
     assert torch.equal(drawn(matches, seed=1), drawn(matches, seed=1))
     assert not torch.equal(drawn(matches, seed=1), drawn(matches, seed=2))
+
+
+def test_what_is_compared_at_once_does_not_grow_with_the_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    corners = torch.rand(40_000, 2, generator=torch.Generator().manual_seed(0)) * 800
+    anchors = torch.cat([corners, corners + 30], dim=1)
+    compared: list[int] = []
+
+    def counted(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        compared.append(len(boxes) * len(others))
+        return box_iou(boxes, others)
+
+    monkeypatch.setattr(matcher, "box_iou", counted)
+    matches = match(anchors, anchors[:1400], anchors[-1400:], fg_iou_threshold=0.5, bg_iou_threshold=0.4)
+    assert matches[:1400].tolist() == list(range(1400))
+    assert (matches[-1400:] != BACKGROUND).all()
+    assert sum(compared) == 1400 * len(anchors)
+    assert max(compared) <= matcher.PAIRS

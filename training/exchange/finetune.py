@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.metadata import Label
 from model.retinanet import RetinaNet
 from training.checkpoint import Checkpoint, InvalidCheckpoint
-from training.config import TrainConfig, override
+from training.config import TrainConfig, with_flags
 
 LOGITS = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")
 BATCH_COUNTER = ".num_batches_tracked"
@@ -46,7 +46,7 @@ class Transfer:
 
 def fine_tuning_config(checkpoint: Checkpoint, preset: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
     """The preset with the checkpoint's architecture; flags win over both."""
-    config = override(replace(preset, model=checkpoint.config.model), flags)
+    config = with_flags(replace(preset, model=checkpoint.config.model), flags)
     return replace(config, pretrained_backbone=False)  # its weights come from the checkpoint
 
 

@@ -37,6 +37,8 @@ FEWEST_OBJECTS = 100
 """Objects below which a suggestion would suit only them."""
 SIZE_FACTORS = tuple(2 ** (step / 4) for step in range(-10, 11))
 """Factors of the base sizes, tried one after the other."""
+SIMILAR = 0.005
+"""Share of the objects that one more aspect ratio has to reach, for it costs computing in every cell."""
 WORTHWHILE = 0.02
 """A suggestion reaches at least this much more of the objects."""
 
@@ -195,17 +197,19 @@ def positives_by_level(
 
 
 def suggest(objects: CanvasObjects, config: AnchorConfig, threshold: float, present_recall: float) -> Suggestion | None:
-    """Sizes and ratios, as many as now, with which clearly more objects have an anchor; None: there are none, or too
-    few objects to say so.
+    """Seek sizes and ratios with which clearly more objects have an anchor; None: there are none, or too few objects to
+    say so.
 
     Tried are all multiples of the present sizes with the present ratios and with those that the objects' own fall into
-    (k-means of their logarithms); of equal recalls the higher mean IoU wins.
+    (k-means of their logarithms), as many as now or fewer. Of nearly equal recalls the fewest ratios win, then the
+    higher recall and mean IoU.
     """
     if len(objects) < FEWEST_OBJECTS:
         return None
     sample = objects.sample(SEARCHED_OBJECTS)
     tried = []
-    for ratios in {config.aspect_ratios: None, typical_ratios(sample, len(config.aspect_ratios)): None}:
+    counts = range(1, len(config.aspect_ratios) + 1)
+    for ratios in dict.fromkeys([config.aspect_ratios, *(typical_ratios(sample, count) for count in counts)]):
         for factor in SIZE_FACTORS:
             sizes = tuple(float(round(size * factor)) for size in config.base_sizes)
             if sizes[0] >= 2 ** (config.lowest_level - 1):  # smaller ones leave gaps between cells
@@ -215,13 +219,19 @@ def suggest(objects: CanvasObjects, config: AnchorConfig, threshold: float, pres
         iou = best_anchors(sample, candidate).iou
         return share(iou >= threshold), float(iou.mean())
 
-    best = max(tried, key=worth, default=config)
+    worths = {candidate: worth(candidate) for candidate in tried}
+    highest = max((recall for recall, _ in worths.values()), default=0.0)
+    near = [candidate for candidate, (recall, _) in worths.items() if recall >= highest - SIMILAR]
+    best = min(
+        near, key=lambda candidate: (len(candidate.aspect_ratios), *np.negative(worths[candidate])), default=config
+    )
     recall = share(best_anchors(objects, best).iou >= threshold)
     return Suggestion(best, recall) if recall - present_recall >= WORTHWHILE else None
 
 
 def typical_ratios(objects: CanvasObjects, count: int) -> tuple[float, ...]:
-    """`count` ratios of height to width that the objects gather around: k-means of their logarithms, ascending."""
+    """Find at most `count` distinct ratios of height to width that the objects gather around: k-means of their
+    logarithms, ascending."""
     logs = np.log(objects.sizes[:, 0] / objects.sizes[:, 1])
     centres = np.quantile(logs, (np.arange(count) + 0.5) / count)
     for _ in range(50):
@@ -230,7 +240,7 @@ def typical_ratios(objects: CanvasObjects, count: int) -> tuple[float, ...]:
         centres = np.array(
             [group.mean() if len(group) else centre for group, centre in zip(members, centres, strict=True)]
         )
-    return tuple(float(f"{ratio:.2g}") for ratio in np.exp(np.sort(centres)))
+    return tuple(sorted({float(f"{ratio:.2g}") for ratio in np.exp(centres)}))
 
 
 def share(chosen: NDArray[np.bool_]) -> float:

@@ -86,6 +86,24 @@ def test_small_tall_objects_get_smaller_and_taller_anchors_that_reach_them() -> 
     assert fit.suggestion.flags in fit.table()
 
 
+@pytest.mark.parametrize(("ratio", "suggested"), [(1 / 6, 1 / 6), (6, 6)])
+def test_objects_of_one_ratio_get_one(ratio: float, suggested: float) -> None:
+    side = np.linspace(20, 90, 300)
+    width, height = side / ratio**0.5, side * ratio**0.5
+    corner = np.full(300, 5.0)
+    boxes = np.stack([corner, corner, corner + width, corner + height], axis=1)
+    fit = fit_anchors(data_set([boxes]), RESIZE, AnchorConfig(), LossConfig())
+    assert fit.suggestion is not None
+    assert fit.suggestion.anchors.aspect_ratios == (pytest.approx(suggested, rel=0.05),)
+
+
+def test_a_ratio_is_suggested_for_what_it_reaches() -> None:
+    boxes = np.concatenate([random_boxes(150, (20, 60), ratio, seed=index) for index, ratio in enumerate((0.15, 6.0))])
+    fit = fit_anchors(data_set([boxes], size=(500, 500)), ResizePolicy(500, 500), AnchorConfig(), LossConfig())
+    assert fit.suggestion is not None
+    assert len(fit.suggestion.anchors.aspect_ratios) == 2
+
+
 def test_positive_anchors_are_counted_on_each_level() -> None:
     box = np.array([[101.3, 47.1, 178.9, 120.2]])  # about 60 px on the canvas
     fit = fit_anchors(data_set([box, np.zeros((0, 4)), box]), RESIZE, AnchorConfig(), LossConfig())
