@@ -6,21 +6,23 @@ one process would see.
 """
 
 import logging
-import signal
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import cv2
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+import torch
 
 from model.metadata import ResizePolicy
 from training.coco import CocoDataSet, InvalidDataSet
 from training.config import AugmentConfig, TrainConfig
 from training.distributed import ALONE, Ranks
 from training.transforms import Batch, Sample, augment, collate
+from training.workers import made_in_order
 
 log = logging.getLogger(__name__)
 # First words of the seeds, so that no two streams of random numbers are the same.
@@ -34,9 +36,15 @@ class SampleKey:
     crop_size: int | None
 
 
-class TrainingSamples(Dataset[Sample]):
+class TrainingSamples:
     def __init__(self, data_set: CocoDataSet, config: AugmentConfig, resize: ResizePolicy, seed: int) -> None:
         self.data_set, self.config, self.resize, self.seed = data_set, config, resize, seed
+
+    def batch(self, keys: Sequence[SampleKey]) -> Batch:
+        """Make the samples of a step, or of this rank's share, into a batch. For worker processes."""
+        if multiprocessing.parent_process():  # the workers share the cores among them
+            cv2.setNumThreads(1)
+        return collate([self[key] for key in keys], self.resize.divisor)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         """The picture of that index, or the next one that can be read, with what was wrong with those before it."""
@@ -96,10 +104,11 @@ def load_batches(
     workers: int,
     ranks: Ranks = ALONE,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this rank's share of the batches of steps first_step … config.steps - 1. Skipped pictures are logged.
 
     InvalidDataSet, where the batch comes up: a picture cannot be read and `unreadable` is not skip.
+    WorkerLost: a worker process died, cannot allocate memory or hangs.
     ValueError: a step has too few images for the ranks and the parts.
     """
     smallest = min(config.augment.crop_batch_sizes or (config.batch_size,))
@@ -111,29 +120,28 @@ def load_batches(
     sizes = [picture.size for picture in data_set.pictures]
     steps = schedule(sizes, config.augment, config.batch_size, config.seed, group_by_aspect=config.group_by_aspect)
     keys = (ranks.share(step) for step in islice(steps, first_step, config.steps))
-    loader = DataLoader(
-        TrainingSamples(data_set, config.augment, config.resize, config.seed),
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=partial(collate, divisor=config.resize.divisor),
-        worker_init_fn=_start_worker,
-        multiprocessing_context="spawn" if workers else None,
-        pin_memory=pin_memory,
-    )
+    samples = TrainingSamples(data_set, config.augment, config.resize, config.seed)
+    finish = partial(_pinned, torch.cuda.current_device()) if pin_memory else _as_it_is
     skipped: set[str] = set()
-    for batch in loader:
-        for problem in batch.unreadable:
-            if config.unreadable == "stop":
-                raise InvalidDataSet(f"{problem}; --unreadable skip goes on without it")
-            if problem not in skipped:
-                skipped.add(problem)
-                log.warning("skipped, another picture stands in (%d so far): %s", len(skipped), problem)
-        yield batch
+    with closing(made_in_order(samples.batch, keys, workers, finish)) as batches:
+        for batch in batches:
+            for problem in batch.unreadable:
+                if config.unreadable == "stop":
+                    raise InvalidDataSet(f"{problem}; --unreadable skip goes on without it")
+                if problem not in skipped:
+                    skipped.add(problem)
+                    log.warning("skipped, another picture stands in (%d so far): %s", len(skipped), problem)
+            yield batch
 
 
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole process group, the main process decides
+def _pinned(device: int, batch: Batch) -> Batch:
+    """Lay a batch where a GPU's copies do not wait; `device` is the process's, for this runs on a thread of its own."""
+    torch.cuda.set_device(device)
+    return batch.pin_memory()
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _endless_order(num_pictures: int, seed: int) -> Iterator[tuple[int, int]]:

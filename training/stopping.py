@@ -12,6 +12,7 @@ from training.losses import Losses
 
 EXIT_CODE = 128 + signal.SIGTERM
 """143, what a shell reports of a process that SIGTERM ended; --resume goes on."""
+STOPPED = "SIGTERM: stopped; --resume goes on from the last checkpoint"
 COMPARED_STEPS = 20
 """Steps whose mean loss is compared."""
 
@@ -52,7 +53,7 @@ class StopRequest:
         self._interrupts = True
         try:
             if self.came:
-                raise Terminated
+                raise Terminated(STOPPED)
             yield
         finally:
             self._interrupts = False
@@ -60,7 +61,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.came = True
         if self._interrupts:
-            raise Terminated
+            raise Terminated(STOPPED)
 
 
 @dataclass

@@ -8,7 +8,7 @@ of each step, and the gradients are those of the whole step.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ def train(
     _log_scale(config, ranks)
     with StopRequest().heeded() as stop, closing(metrics) if metrics else nullcontext():
         run.validate_if_due(state, stop)
-        for batch, data_seconds in _timed(batches):
+        for batch, data_seconds in run.waited_for(batches, state, stop):
             started = time.perf_counter()
             begin_step(state, config)
             batch = batch.padded_to(ranks.largest(batch.canvas)).to(device, state.network.dtype)
@@ -158,6 +158,25 @@ class TrainingRun:
     metrics: RunMetrics | None
     """Rank 0 has them."""
 
+    def waited_for(
+        self, batches: Generator[Batch, None, None], state: TrainState, stop: StopRequest
+    ) -> Iterator[tuple[Batch, float]]:
+        """Yield each batch with the seconds that were spent waiting for it.
+
+        Terminated: SIGTERM came meanwhile; last.pt is written. (Several processes end together, after a step.)
+        """
+        with closing(batches):
+            while True:
+                started = time.perf_counter()
+                try:
+                    with stop.at_once() if self.ranks.size == 1 else nullcontext():
+                        batch = next(batches, None)
+                except Terminated as stopped:
+                    raise self._end(state) from stopped
+                if batch is None:
+                    return
+                yield batch, time.perf_counter() - started
+
     def validate_if_due(self, state: TrainState, stop: StopRequest) -> None:
         if _due(state.step, self.config.evaluate_every) and state.evaluated < state.step < self.config.steps:
             self.validate(state, stop, limit=self.config.evaluate_images)
@@ -186,9 +205,13 @@ class TrainingRun:
     def end_if_asked(self, state: TrainState, stop: StopRequest) -> None:
         """Terminated: SIGTERM came to one of the ranks; last.pt is written."""
         if self.ranks.any(stop.came):
-            self.save(state, "last.pt")
+            ended = self._end(state)
             self.ranks.any(False)  # the first to leave ends the others, and rank 0 is writing
-            raise Terminated(f"SIGTERM: stopped after step {state.step}; --resume goes on from {self.out / 'last.pt'}")
+            raise ended
+
+    def _end(self, state: TrainState) -> Terminated:
+        self.save(state, "last.pt")
+        return Terminated(f"SIGTERM: stopped after step {state.step}; --resume goes on from {self.out / 'last.pt'}")
 
     def save_if_due(self, state: TrainState) -> None:
         if _due(state.step, self.config.checkpoint_every):
@@ -211,14 +234,6 @@ def _log_scale(config: TrainConfig, ranks: Ranks) -> None:
     scale = peak, config.optimiser.learning_rate, reference, config.batch_size, reference
     log.info("learning rate %g = %g for %d images a step x %d / %d", *scale)
     log.info("%d process(es), %s, %d part(s) a step", ranks.size, config.precision, config.accumulate_steps)
-
-
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Yield each batch with the seconds that were spent waiting for it."""
-    started = time.perf_counter()
-    for batch in batches:
-        yield batch, time.perf_counter() - started
-        started = time.perf_counter()
 
 
 def _due(step: int, every: int) -> bool:

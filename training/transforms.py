@@ -8,7 +8,7 @@ function of its key.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -42,6 +42,11 @@ class Batch:
     targets: list["TensorTarget"]
     unreadable: tuple[str, ...] = ()
     """The faults of the pictures in whose place others are here."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by value, as arrays: torch would lay its tensors into shared memory."""
+        targets = [tuple(value.numpy() for value in vars(target).values()) for target in self.targets]
+        return _unpickled, (self.images.numpy(), self.sizes.numpy(), targets, self.unreadable)
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -152,6 +157,13 @@ def collate(samples: Sequence[Sample], divisor: int) -> Batch:
     targets = [TensorTarget.of(sample.target) for sample in samples]
     unreadable = tuple(problem for sample in samples for problem in sample.unreadable)
     return Batch(torch.from_numpy(images), torch.tensor(sizes), targets, unreadable)
+
+
+def _unpickled(
+    images: Pixels, sizes: NDArray[np.int64], targets: list[tuple[NDArray[Any], ...]], unreadable: tuple[str, ...]
+) -> Batch:
+    tensors = [TensorTarget(*map(torch.from_numpy, target)) for target in targets]
+    return Batch(torch.from_numpy(images), torch.from_numpy(sizes), tensors, unreadable)
 
 
 def _crop_corner(
