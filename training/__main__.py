@@ -94,9 +94,13 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from training.annotations.pictures import refuse_absent
     from training.distributed import joined, local_device
     from training.evaluate import choose_device, open_predictor
     from training.evaluate import evaluate as run_evaluation
+
+    data_set, skip = load_coco(options.data, "val", class_agnostic=options.class_agnostic), options.unreadable == "skip"
+    refuse_absent(data_set, skip=skip)
 
     tiling = Tiling.asked_for(options.tile, options.overlap)
     if tiling is not None and options.scales:
@@ -104,9 +108,9 @@ def evaluate(options: argparse.Namespace) -> None:
     with joined(local_device(choose_device(options.device))) as ranks:
         report = run_evaluation(
             replace(open_predictor(options.model, options.device), scales=options.scales, tiling=tiling),
-            load_coco(options.data, "val", class_agnostic=options.class_agnostic),
+            data_set,
             limit=options.images,
-            skip_unreadable=options.unreadable == "skip",
+            skip_unreadable=skip,
             ranks=ranks,
         )
     if ranks.is_first:

@@ -7,6 +7,7 @@ one.
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from model.candidates import CandidateDetector
 from model.files import replacing
-from model.metadata import Label
+from model.metadata import Label, ModelMetadata, Precision
 from model.retinanet import RetinaNet
 from training.config import TrainConfig, from_dict, to_dict
 
@@ -120,3 +121,32 @@ def build_detector(checkpoint: Checkpoint) -> CandidateDetector:
         raise InvalidCheckpoint(f"the weights do not fit the architecture: {error}") from error
     log.info("the weights are %s", "those of the last step" if checkpoint.ema is None else "the moving average (EMA)")
     return CandidateDetector(network, checkpoint.labels).eval()
+
+
+def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMetadata:
+    """Say what an exported file carries of it. InvalidModel: something that no file may."""
+    weights = "trained weights" if checkpoint.ema is None else "moving average of the weights"
+    return ModelMetadata(
+        name=name,
+        labels=checkpoint.labels,
+        architecture=checkpoint.config.model.describe(),
+        precision=precision,
+        resize=checkpoint.config.resize,
+        score_threshold=checkpoint.config.detection.score_threshold,
+        nms_threshold=checkpoint.config.detection.nms_threshold,
+        max_detections=checkpoint.config.detection.max_detections,
+        data_set=checkpoint.data_set,
+        ap=checkpoint.ap,
+        training={**(checkpoint.training or {}), "steps": str(checkpoint.step), "weights": weights},
+        anchors=checkpoint.config.model.level_anchors,
+    )
+
+
+def refuse_full_disk(num_bytes: int, out: Path) -> None:
+    """CheckpointNotWritten: the folder's disk has no room for last.pt, best.pt and the one that is being written."""
+    missing = 3 - sum((out / name).exists() for name in ("last.pt", "best.pt"))
+    free = shutil.disk_usage(out).free
+    if free < missing * num_bytes:
+        raise CheckpointNotWritten(
+            f"{out} has {free / 1e6:,.0f} MB free, and its checkpoints take {missing} x {num_bytes / 1e6:,.0f} MB"
+        )

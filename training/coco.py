@@ -9,6 +9,7 @@ outside the picture or have no area are dropped and counted; crowds are kept apa
 set is the same with every object of one class.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +84,17 @@ class CocoDataSet:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @property
+    def summary(self) -> str:
+        """Numbers of pictures and objects, and a hash of all that a run sees of it; the pixels are not looked at."""
+        content = hashlib.sha256(repr(self.labels).encode())
+        for picture in self.pictures:
+            content.update(repr((picture.image_id, picture.file.name, picture.size)).encode())
+            for values in vars(picture.truth).values():
+                content.update(values.tobytes())
+        objects = sum(int((~picture.truth.crowds).sum()) for picture in self.pictures)
+        return f"{len(self)} pictures, {objects} objects, {content.hexdigest()[:12]}"
+
     def read(self, index: int) -> Pixels:
         """The upright RGB picture. InvalidDataSet: it cannot be read, or its size is not the annotated one."""
         picture = self.pictures[index]
@@ -91,7 +103,10 @@ class CocoDataSet:
         except (OSError, InvalidImage) as error:
             raise InvalidDataSet(f"{picture.file} cannot be read: {error}") from error
         if pixels.shape[:2] != picture.size:
-            raise InvalidDataSet(f"{picture.file} is {pixels.shape[:2]}, annotated as {picture.size} (height, width)")
+            turned = ", as it was before its EXIF orientation turned it" if pixels.shape[1::-1] == picture.size else ""
+            raise InvalidDataSet(
+                f"{picture.file} is {pixels.shape[:2]}, annotated as {picture.size} (height, width){turned}"
+            )
         return pixels
 
 

@@ -154,7 +154,7 @@ def evaluate(
             pixels = data_set.read(index)
         except InvalidDataSet as error:
             if not skip_unreadable:
-                raise
+                raise InvalidDataSet(f"{error}; --unreadable skip goes on without it") from error
             unreadable.append(str(error))
             log.warning("not evaluated: %s", error)
         else:

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.metadata import Label
 from model.retinanet import RetinaNet
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.coco import CocoDataSet
 from training.config import Normaliser, TrainConfig
 from training.distributed import Ranks
 from training.evaluation.average_precision import ApReport
@@ -42,6 +43,8 @@ class TrainState:
     """Report of the last evaluation of this process."""
     best: tuple[int, float] = (0, -1.0)
     """Pictures and AP of the best evaluation: more pictures win over fewer, then the higher AP."""
+    data_sets: dict[str, str] = field(default_factory=dict)
+    """`CocoDataSet.summary` of both splits, as the run began with them."""
     mean_positives: float = 100.0
     """Positive anchors of a step, averaged over the steps before; what `normaliser="running"` starts with."""
 
@@ -150,8 +153,25 @@ def to_checkpoint(
             "best": list(state.best),
             "evaluated": state.evaluated,
             "mean_positives": state.mean_positives,
+            "data_sets": state.data_sets,
         },
     )
+
+
+def note_data_sets(state: TrainState, *data_sets: CocoDataSet) -> None:
+    """Keep what the run sees, and log where a resumed one no longer sees what it began with."""
+    for data_set in data_sets:
+        before, now = state.data_sets.get(data_set.split), data_set.summary
+        if before not in (None, now):
+            log.warning("%s has changed since the run began: %s -> %s", data_set.annotation_file, before, now)
+        state.data_sets[data_set.split] = now
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """Size of a checkpoint, roughly: weights, their average, and the optimiser's one or two values for each."""
+    weights: int = sum(value.numel() * value.element_size() for value in state.network.state_dict().values())
+    values = 2 if isinstance(state.optimiser, torch.optim.AdamW) else 1
+    return weights * (1 + (state.averaged is not None) + values)
 
 
 def _restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, labels: tuple[Label, ...]) -> None:
@@ -170,4 +190,5 @@ def _restore(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, lab
     # checkpoints of before 2026-11-25 were written after the evaluation of their step and have one kind of normaliser
     state.evaluated = saved.get("evaluated", checkpoint.step)
     state.mean_positives = saved.get("mean_positives", state.mean_positives)
+    state.data_sets = dict(saved.get("data_sets", {}))
     log.info("resumed at step %d", state.step)

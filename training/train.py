@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from model.candidates import Normalise
 from model.retinanet import Predictions, RetinaNet
-from training.checkpoint import Checkpoint, save_checkpoint
+from training.annotations.pictures import refuse_absent, refuse_unreadable
+from training.checkpoint import Checkpoint, describe, refuse_full_disk, save_checkpoint
 from training.coco import CocoDataSet, InvalidDataSet
 from training.config import Precision, TrainConfig
 from training.data import load_batches, sampling_seed
@@ -30,7 +31,7 @@ from training.losses import Losses, match_batch, matched_losses
 from training.optimiser import learning_rate, memory_format, peak_learning_rate, set_train_mode
 from training.report.metrics import RunMetrics
 from training.report.validation import validate
-from training.state import TrainState, start_or_resume, to_checkpoint
+from training.state import TrainState, checkpoint_bytes, note_data_sets, start_or_resume, to_checkpoint
 from training.stopping import DivergenceCheck, StopRequest, Terminated, TrainingDiverged
 from training.transforms import Batch
 
@@ -57,7 +58,11 @@ def train(
     RankLost, Terminated: it ended before; last.pt is the last good state, and --resume goes on from it.
     """
     check_data(training_set, validation_set)
+    check_pictures(training_set, validation_set, config, ranks)
     state = start_or_resume(config, training_set.labels, out, device, ranks, resume=resume, init=init)
+    note_data_sets(state, training_set, validation_set)
+    if ranks.is_first:
+        refuse_full_disk(checkpoint_bytes(state), out)
     metrics = RunMetrics(out, config, training_set, state.step) if ranks.is_first else None
     run = TrainingRun(config, training_set, validation_set, out, notes, ranks, metrics)
     divergence = DivergenceCheck(config.divergence_factor, out / "last.pt")
@@ -66,6 +71,7 @@ def train(
         training_set, config, first_step=state.step, workers=workers, ranks=ranks, pin_memory=device.type == "cuda"
     )
     _log_scale(config, ranks)
+    describe(run.checkpoint(state), name="run", precision="fp32")  # what no file may carry
     with StopRequest().heeded() as stop, closing(metrics) if metrics else nullcontext():
         run.validate_if_due(state, stop)
         for batch, data_seconds in run.waited_for(batches, state, stop):
@@ -108,6 +114,14 @@ def check_data(training_set: CocoDataSet, validation_set: CocoDataSet) -> None:
     absent = [label.label for column, label in enumerate(training_set.labels) if column not in columns]
     if absent:
         log.warning("%s has no objects of %s", training_set.annotation_file, ", ".join(absent))
+
+
+def check_pictures(training_set: CocoDataSet, validation_set: CocoDataSet, config: TrainConfig, ranks: Ranks) -> None:
+    """InvalidDataSet: pictures are missing, or some of validation cannot be decoded; else AP would fail to come out."""
+    skip = config.unreadable == "skip"
+    refuse_absent(training_set, skip=skip)
+    refuse_absent(validation_set, skip=skip)
+    refuse_unreadable(validation_set, skip=skip, ranks=ranks)
 
 
 def begin_step(state: TrainState, config: TrainConfig) -> None:
@@ -224,9 +238,11 @@ class TrainingRun:
                 f"the update of step {state.step} made weights that are no numbers", self.out / "last.pt"
             )
         if self.ranks.is_first:
-            data_set = self.training_set.annotation_file.parent.parent.name
-            checkpoint = to_checkpoint(state, self.config, self.training_set.labels, data_set, self.notes)
-            save_checkpoint(checkpoint, self.out / name)
+            save_checkpoint(self.checkpoint(state), self.out / name)
+
+    def checkpoint(self, state: TrainState) -> Checkpoint:
+        data_set = self.training_set.annotation_file.parent.parent.name
+        return to_checkpoint(state, self.config, self.training_set.labels, data_set, self.notes)
 
 
 def _log_scale(config: TrainConfig, ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ from model.folding import fold_norms
 from model.image import to_canvas
 from model.metadata import ModelMetadata, Precision, ResizePolicy
 from model.types import Candidates, CanvasImage
-from training.checkpoint import Checkpoint, build_detector
+from training.checkpoint import Checkpoint, build_detector, describe
 from training.coco import CocoDataSet
 from training.exchange.int8 import Fp32Layers, quantise
 
@@ -110,24 +110,6 @@ def half_network(detector: CandidateDetector) -> CandidateDetector:
     half = copy.deepcopy(detector)
     half.network.half()
     return half
-
-
-def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMetadata:
-    weights = "trained weights" if checkpoint.ema is None else "moving average of the weights"
-    return ModelMetadata(
-        name=name,
-        labels=checkpoint.labels,
-        architecture=checkpoint.config.model.describe(),
-        precision=precision,
-        resize=checkpoint.config.resize,
-        score_threshold=checkpoint.config.detection.score_threshold,
-        nms_threshold=checkpoint.config.detection.nms_threshold,
-        max_detections=checkpoint.config.detection.max_detections,
-        data_set=checkpoint.data_set,
-        ap=checkpoint.ap,
-        training={**(checkpoint.training or {}), "steps": str(checkpoint.step), "weights": weights},
-        anchors=checkpoint.config.model.level_anchors,
-    )
 
 
 def to_onnx(detector: CandidateDetector) -> onnx.ModelProto:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -29,7 +30,20 @@ NAMED_CLASSES = 5
 """Curves with a name in the plot of all classes: the worst ones."""
 LONGEST_SIDE = 640
 """Pixels of a picture in the report."""
+LONGEST_NAME = 40
+"""Characters of a class's name in a plot."""
 JPEG_QUALITY = 85
+
+
+def drawn_names(names: Sequence[str]) -> list[str]:
+    """Write names as the plots' font shows them: without mark-up, cut where long, by number where it lacks a glyph."""
+    glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
+    return [
+        (name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…").replace("$", r"\$")
+        if all(ord(character) in glyphs for character in name)
+        else f"class {number}"
+        for number, name in enumerate(names, start=1)
+    ]
 
 
 def training_curves(entries: Sequence[Entry]) -> bytes:
@@ -60,7 +74,7 @@ def precision_recall(report: ApReport) -> bytes:
         curves = report.precision[iou_index, :, known, 0]
         if len(known):
             mean.plot(recall, curves.mean(axis=0), label=f"IoU {0.5 + 0.05 * iou_index:.2f}")
-    names = list(report.per_class)
+    names = drawn_names(list(report.per_class))
     at_half = {column: report.precision[0, :, column, 0] for column in known}
     by_area = sorted(known, key=lambda column: float(at_half[column].mean()))
     for column in reversed(by_area):
@@ -71,16 +85,17 @@ def precision_recall(report: ApReport) -> bytes:
     classes.set(title="each class at IoU 0.50" + (", the worst named" if len(known) > NAMED_CLASSES else ""))
     for axes in (mean, classes):
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-        if axes.lines:
-            axes.legend(frameon=False)
+        lines = [line for line in axes.lines if line.get_color() != GREY]
+        if lines:  # given by hand: matplotlib leaves out labels that begin with _
+            axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False)
     return _png(figure)
 
 
 def ap_by_class(report: ApReport) -> bytes:
     """A bar for each class, best first; and AP of small, medium and large objects."""
-    known = sorted(
-        ((name, value) for name, value in report.per_class.items() if not np.isnan(value)), key=lambda item: item[1]
-    )
+    names = drawn_names(list(report.per_class))
+    values = zip(names, report.per_class.values(), strict=True)
+    known = sorted(((name, value) for name, value in values if not np.isnan(value)), key=lambda item: item[1])
     figure = Figure(figsize=(11, max(3.2, 0.6 + 0.22 * len(known))), layout="constrained")
     classes, sizes = figure.subplots(1, 2, width_ratios=(2, 1))
     _bars(classes, [name for name, _ in known], [value for _, value in known])
