@@ -121,7 +121,13 @@ def import_weights(options: argparse.Namespace) -> None:
     from training.checkpoint import save_checkpoint
     from training.exchange.torchvision import import_weights as run_import
 
-    checkpoint = run_import(options.arch, options.weights, label_file=options.labels, norm_epsilon=options.norm_eps)
+    checkpoint = run_import(
+        options.arch,
+        options.weights,
+        label_file=options.labels,
+        norm_epsilon=options.norm_eps,
+        flags=vars(options),
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(checkpoint, options.out)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeAlias, get_args
 
 from model.detector import Device
+from model.metadata import AnchorConfig, ResizePolicy
 from model.tiles import MAX_TILE, MIN_TILE, OVERLAP
 from training.config import TrainConfig, add_flags
 from training.presets import PRESETS
@@ -96,7 +97,8 @@ def _add_import(commands: Commands) -> None:
         "--weights",
         required=True,
         metavar="coco|FILE.pth",
-        help="coco: torchvision's own, downloaded to its cache; or a state dict",
+        help="coco: torchvision's own, downloaded to its cache; or a file with a state dict: of torch.save, of a "
+        "training, safetensors",
     )
     parser.add_argument("--out", type=Path, required=True, help="CHECKPOINT.pt")
     parser.add_argument(
@@ -112,6 +114,9 @@ def _add_import(commands: Commands) -> None:
         metavar="X",
         help="epsilon of the backbone's batch norm; default: 0 for torchvision's v1 COCO weights, else 1e-5",
     )
+    group = parser.add_argument_group("where the weights were trained with others than torchvision's")
+    for values in (AnchorConfig, ResizePolicy):
+        add_flags(group, values)  # type: ignore[arg-type]
 
 
 def _add_export(commands: Commands) -> None:

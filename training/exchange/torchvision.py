@@ -12,7 +12,6 @@ The official v1 weights want a batch-norm epsilon of 0: they were trained before
 
 import json
 import logging
-import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,8 @@ from model.anchors import AnchorConfig
 from model.metadata import Label
 from model.retinanet import RetinaNet, RetinaNetConfig
 from training.checkpoint import Checkpoint
-from training.config import TrainConfig
+from training.config import TrainConfig, override
+from training.exchange.weights_file import InvalidWeights, read_state
 
 log = logging.getLogger(__name__)
 COCO = "coco"
@@ -38,10 +38,6 @@ NORM_EPSILON = 1e-5
 LOGITS_BIAS = "head.classification_head.cls_logits.bias"
 NAMED_PROBLEMS = 3
 """The number of misfits that are told by name."""
-
-
-class InvalidWeights(ValueError):
-    """The weights are not those of the architecture, or the labels are not those of the weights."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +67,48 @@ ARCHITECTURES = {
 
 
 def import_weights(
-    name: str, weights: str, *, label_file: Path | None = None, norm_epsilon: float | None = None
+    name: str,
+    weights: str,
+    *,
+    label_file: Path | None = None,
+    norm_epsilon: float | None = None,
+    flags: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Make a checkpoint of `weights` (COCO or a file's path) for one of ARCHITECTURES.
 
     norm_epsilon  of the backbone's batch norm; None: 0 for the published v1 file, which is known by its name, else 1e-5
+    flags         values of anchors and resize by name, where they are not the architecture's; None counts as absent
     InvalidWeights: they cannot be had, or do not fit, or the labels do not fit them.
     """
     architecture = ARCHITECTURES[name]
     is_published = weights == COCO or Path(weights).name == architecture.published_file
     if norm_epsilon is None:
         norm_epsilon = architecture.published_epsilon if is_published else NORM_EPSILON
-    config = replace(architecture.model, norm_epsilon=norm_epsilon)
-    state = renamed(_load(architecture, weights))
+    model = replace(architecture.model, norm_epsilon=norm_epsilon)
+    whole = override(TrainConfig(model=model), flags or {})
+    config = whole.model
+    state = {key: _single(value) for key, value in renamed(_load(architecture, weights)).items()}
     if config.backbone_norm == "frozen":  # it counts no batches; weights trained with live batch norm did
         state = {key: value for key, value in state.items() if not key.endswith(".num_batches_tracked")}
     num_columns = _check_fit(state, config, f"{weights} does not fit {name}")
     labels = read_labels(label_file, num_columns) if label_file else _coco_labels(architecture, num_columns)
+    if not is_published:
+        anchors = f"base sizes {config.anchors.base_sizes}, aspect ratios {config.anchors.aspect_ratios}"
+        log.warning("a state dict does not tell anchors and resize; taken are %s, %s", anchors, whole.resize)
     log.info("%s: %d columns, batch-norm epsilon %g", weights, num_columns, norm_epsilon)
     return Checkpoint(
-        config=TrainConfig(model=config),
+        config=whole,
         labels=labels,
         model=state,
         ap=architecture.published.meta["_metrics"]["COCO-val2017"]["box_map"] / 100 if is_published else None,
         data_set="COCO train2017" if is_published else "",
         training={"imported": f"{architecture.published_file if is_published else Path(weights).name} ({name})"},
     )
+
+
+def _single(value: Tensor) -> Tensor:
+    """In single precision, if it is of another."""
+    return value.float() if value.is_floating_point() else value
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,19 +161,14 @@ def _labels(names: Sequence[str]) -> tuple[Label, ...]:
 
 
 def _load(architecture: Architecture, weights: str) -> Mapping[str, Tensor]:
+    if weights != COCO:
+        return read_state(Path(weights), LOGITS_BIAS)
     try:
-        if weights == COCO:
-            content = architecture.published.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-        else:
-            content = torch.load(weights, map_location="cpu", weights_only=True)
+        state = architecture.published.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
     except OSError as error:
-        source = architecture.published.url if weights == COCO else weights
-        raise InvalidWeights(f"{source} cannot be read: {error}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InvalidWeights(f"{weights} is not a readable state dict: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InvalidWeights(f"{weights} is not a state dict: save model.state_dict(), and nothing around it")
-    return content
+        raise InvalidWeights(f"{architecture.published.url} cannot be read: {error}") from error
+    assert isinstance(state, Mapping)
+    return state
 
 
 def _check_fit(state: Mapping[str, Tensor], config: RetinaNetConfig, failure: str) -> int:

@@ -135,7 +135,8 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         (V2, lambda: state_of(torchvisions(V1)), "does not fit retinanet_resnet50_fpn_v2: it lacks head.*; and "),
         (V1, lambda: state_of(torchvisions(V2)), r"does not fit retinanet_resnet50_fpn: .*; and "),
         (V1, lambda: {"fc.weight": torch.zeros(1)}, "lacks head.classification_head.cls_logits.bias"),
-        (V1, lambda: {"model": {}, "epoch": 3}, r"is not a state dict: save model.state_dict\(\)"),
+        (V1, lambda: {"model": {}, "epoch": 3}, r"is not a state dict, and holds none: save model.state_dict\(\)"),
+        (V1, lambda: {"format": "retinaserve checkpoint 1", "model": {}}, "is a checkpoint of ours already"),
         (V1, lambda: [torch.zeros(1)], "is not a state dict"),
         (V1, lambda: state_of(torchvisions(V1, 21)), "21 columns, COCO 91: name them with --labels FILE"),
         (V1, lambda: state_of(torchvisions(V1)) | {"backbone.body.conv1.weight": torch.zeros(64, 3, 3, 3)},
@@ -191,3 +192,16 @@ def test_without_a_network_the_failed_download_is_named(
     assert main(["import", "--arch", V1, "--weights", "coco", "--out", str(tmp_path / "x.pt")]) == 2
     assert f"{PUBLISHED[V1]} cannot be read: " in capfd.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_anchors_and_resize_are_taken_where_they_differ_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {f"module.{key}": value.half() for key, value in state_of(torchvisions(V1)).items()}
+    flags = {"base_sizes": [16.0, 32.0, 64.0, 128.0, 256.0], "shorter_side": 400, "longest_side": 600, "scales": None}
+    checkpoint = import_weights(V1, saved({"model": weights, "epoch": 3}, tmp_path), flags=flags)
+    assert checkpoint.config.model.anchors.base_sizes == (16, 32, 64, 128, 256)
+    assert checkpoint.config.model.anchors.stride == "torchvision"
+    assert (checkpoint.config.resize.shorter_side, checkpoint.config.resize.longest_side) == (400, 600)
+    assert {value.dtype for value in checkpoint.model.values()} == {torch.float32}
+    assert "a state dict does not tell anchors and resize; taken are base sizes (16.0, 32.0" in caplog.text
