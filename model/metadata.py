@@ -18,7 +18,7 @@ FORMAT_VERSION = "1"
 KEY_PREFIX = "retinaserve."
 TEXT_FIELDS = ("name", "architecture", "precision", "data_set")
 """Stored as they are; all others as JSON."""
-LATER_FIELDS = ("anchors",)
+LATER_FIELDS = ("anchors", "suggested_score_threshold")
 """Files of this format version were written before there were any; where one is missing, the default holds."""
 Precision = Literal["fp32", "fp16", "int8"]
 SCORE_THRESHOLD = 0.05
@@ -142,10 +142,14 @@ class ModelMetadata:
     anchors: AnchorConfig | None = None
     """The anchors of the boxes, for people: the graph holds its own. None: the file is older than this."""
 
+    suggested_score_threshold: float | None = None
+    """The threshold of the best F1 on the validation split; None: not known, or the file is older than this."""
+
     def __post_init__(self) -> None:
         check_labels(self.labels)
         _check_name(self.name)
         shares = {"score_threshold": self.score_threshold, "nms_threshold": self.nms_threshold, "ap": self.ap}
+        shares["suggested_score_threshold"] = self.suggested_score_threshold
         for name, share in shares.items():
             if share is not None and not 0 <= share <= 1:
                 raise InvalidModel(f"the model's {name} is {share}, not between 0 and 1")

@@ -42,6 +42,8 @@ class Checkpoint:
     ema: Mapping[str, Tensor] | None = None
     step: int = 0
     ap: float | None = None
+    suggested_score_threshold: float | None = None
+    """The threshold of the best F1, where AP is known."""
     data_set: str = ""
     training: Mapping[str, str] | None = None
     """The making of it, for people: command, seconds, commit."""
@@ -63,6 +65,7 @@ def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
         "ema": None if checkpoint.ema is None else dict(checkpoint.ema),
         "step": checkpoint.step,
         "ap": checkpoint.ap,
+        "suggested_score_threshold": checkpoint.suggested_score_threshold,
         "data_set": checkpoint.data_set,
         "training": dict(checkpoint.training or {}),
         "optimiser": checkpoint.resume,  # its name in files since the first ones
@@ -104,6 +107,7 @@ def load_checkpoint(file: Path) -> Checkpoint:
             ema=content["ema"],
             step=content["step"],
             ap=content["ap"],
+            suggested_score_threshold=content.get("suggested_score_threshold"),  # older files have none
             data_set=content["data_set"],
             training=content["training"],
             resume=content["optimiser"],
@@ -137,6 +141,7 @@ def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMe
         max_detections=checkpoint.config.detection.max_detections,
         data_set=checkpoint.data_set,
         ap=checkpoint.ap,
+        suggested_score_threshold=checkpoint.suggested_score_threshold,
         training={**(checkpoint.training or {}), "steps": str(checkpoint.step), "weights": weights},
         anchors=checkpoint.config.model.level_anchors,
     )

@@ -164,7 +164,7 @@ def with_flags(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
         ratio = changed.resize.shorter_side / config.resize.shorter_side
         sides = tuple(round(side * ratio) for side in config.augment.shorter_sides)
         changed = replace(changed, augment=replace(changed.augment, shorter_sides=sides))
-    if max(changed.augment.shorter_sides) > changed.resize.longest_side:
+    if max(changed.augment.shorter_sides, default=0) > changed.resize.longest_side:
         raise ValueError(
             f"training's shorter sides {changed.augment.shorter_sides} exceed the longest side "
             f"{changed.resize.longest_side}: give --shorter-sides or --longest-side"

@@ -137,7 +137,8 @@ def new_state(
 def to_checkpoint(
     state: TrainState, config: TrainConfig, labels: tuple[Label, ...], data_set: str, notes: Mapping[str, str]
 ) -> Checkpoint:
-    ap = state.report.ap if state.report is not None and state.evaluated == state.step else math.nan
+    report = state.report if state.evaluated == state.step else None
+    ap = math.nan if report is None else report.ap
     return Checkpoint(
         config=config,
         labels=labels,
@@ -145,6 +146,7 @@ def to_checkpoint(
         ema=None if state.averaged is None else state.averaged.state_dict(),
         step=state.step,
         ap=None if math.isnan(ap) else ap,
+        suggested_score_threshold=None if report is None or report.best is None else report.best.threshold,
         data_set=data_set,
         training=notes,
         resume={

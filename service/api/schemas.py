@@ -63,6 +63,7 @@ MODEL_CARD: JsonDict = {
     "provider": "CUDAExecutionProvider",
     "fell_back": False,
     "ap": 0.436,
+    "suggested_score_threshold": 0.41,
     "data_set": "shapes",
 }
 
@@ -153,6 +154,9 @@ class ModelCard(Strict):
     provider: str = Field(description="ONNX Runtime's name of what computes.")
     fell_back: bool = Field(description="A GPU was wanted and the CPU computes.")
     ap: float | None = Field(description="COCO AP@[.50:.95] on the validation split, if known.")
+    suggested_score_threshold: float | None = Field(
+        description="That of the best F1 on the validation split, if known."
+    )
     data_set: str
 
 
@@ -210,5 +214,6 @@ def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
         provider=detector.provider,
         fell_back=detector.fell_back,
         ap=metadata.ap,
+        suggested_score_threshold=metadata.suggested_score_threshold,
         data_set=metadata.data_set,
     )

@@ -18,6 +18,7 @@ FULL = ModelMetadata(
     ap=0.8125,
     training={"command": "python -m training train --seed 0", "steps": "9000"},
     anchors=AnchorConfig((16, 32.5), (1,), (0.5, 1), lowest_level=2, stride="torchvision"),
+    suggested_score_threshold=0.375,
 )
 LEAST = ModelMetadata(name="x", labels=(Label(0, "thing"),), architecture="")
 
@@ -46,10 +47,11 @@ def test_a_missing_property_is_named(key: str) -> None:
         ModelMetadata.from_props(props)
 
 
-def test_a_file_older_than_the_anchors_in_it_is_read() -> None:
+@pytest.mark.parametrize("name", LATER_FIELDS)
+def test_a_file_older_than_a_value_in_it_is_read(name: str) -> None:
     props = FULL.to_props()
-    del props["retinaserve.anchors"]
-    assert ModelMetadata.from_props(props) == replace(FULL, anchors=None)
+    del props[f"retinaserve.{name}"]
+    assert ModelMetadata.from_props(props) == replace(FULL, **{name: None})  # type: ignore[arg-type]
 
 
 def test_a_file_of_another_program_is_told_how_to_be_made() -> None:
@@ -97,7 +99,13 @@ def test_a_malformed_property_is_one_clear_line(name: str, value: str) -> None:
 
 
 def test_what_cannot_be_read_back_cannot_be_made() -> None:
-    for mistake in ({"labels": ()}, {"score_threshold": -0.1}, {"ap": float("nan")}, {"max_detections": 0}):
+    for mistake in (
+        {"labels": ()},
+        {"score_threshold": -0.1},
+        {"ap": float("nan")},
+        {"suggested_score_threshold": 1.5},
+        {"max_detections": 0},
+    ):
         with pytest.raises(InvalidModel):
             replace(FULL, **mistake)
 

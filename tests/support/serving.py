@@ -78,7 +78,14 @@ class FakeDetector:
         self.gate.set()
         self.taken: list[FakeLane] = []
         self.lane_freed: Callable[[], None] = lambda: None
-        self.metadata = ModelMetadata(self.name, self.labels, "none", resize=SMALL, anchors=AnchorConfig((20, 40)))
+        self.metadata = ModelMetadata(
+            self.name,
+            self.labels,
+            "none",
+            resize=SMALL,
+            anchors=AnchorConfig((20, 40)),
+            suggested_score_threshold=0.375,
+        )
 
     def warm_up(self, max_batch_size: int = 1) -> None:
         pass

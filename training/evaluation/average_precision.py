@@ -17,6 +17,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from training.coco import CocoDataSet, Picture
+from training.evaluation.scores import (
+    CalibrationBin,
+    OperatingPoint,
+    ScoredMatches,
+    best_f1,
+    calibration,
+    calibration_error,
+    confusion,
+    pooled,
+)
 
 log = logging.getLogger(__name__)
 Results = list[dict[str, Any]]
@@ -46,6 +56,14 @@ class ApReport:
     """[10 IoUs, 101 recalls, classes, 4 areas (all, small, medium, large)] at 100 detections; -1 where there is no such
     object."""
 
+    best: OperatingPoint | None = field(default=None, compare=False)
+    """The threshold of the best F1 over all classes at IoU 0.5; None: nothing was found."""
+    best_by_class: Sequence[OperatingPoint | None] = field(default=(), repr=False, compare=False)
+    """The same for each class on its own, in the order of `per_class`."""
+    calibration: Sequence[CalibrationBin] = field(default=(), repr=False, compare=False)
+    confusion: np.ndarray[Any, Any] | None = field(default=None, repr=False, compare=False)
+    """int64 [classes + 1, classes + 1] at the best F1: what is there by what was found, the background last."""
+
     def table(self) -> str:
         rows = [
             ("AP@[.50:.95]", self.ap),
@@ -60,6 +78,12 @@ class ApReport:
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value:.4f}" for name, value in rows]
+        if self.best is not None:
+            lines.append(
+                f"{'best F1 at IoU 0.5':<{width}}  {self.best.f1:.4f}  at score > {self.best.threshold:.3f} "
+                f"(precision {self.best.precision:.3f}, recall {self.best.recall:.3f})"
+            )
+        lines.append(f"{'calibration error':<{width}}  {calibration_error(self.calibration):.4f}")
         return "\n".join([*lines, f"{'pictures':<{width}}  {self.num_images}"])
 
 
@@ -76,7 +100,34 @@ def average_precision(data_set: CocoDataSet, results: Results, image_ids: Sequen
     ap, ap50, ap75, small, medium, large, _, _, recall_100, *_ = figures
     of_any_size, *by_size = (_mean(evaluation.eval["recall"][:, :, size, -1]) for size in range(4))
     recalls = recall_100, of_any_size, (by_size[0], by_size[1], by_size[2])
-    return ApReport(ap, ap50, ap75, small, medium, large, *recalls, per_class, len(image_ids), precision)
+    classes = scored_matches(evaluation)
+    matches = pooled(classes)
+    best = best_f1(matches)
+    return ApReport(
+        ap, ap50, ap75, small, medium, large, *recalls, per_class, len(image_ids), precision,
+        best=best,
+        best_by_class=[best_f1(each) for each in classes],
+        calibration=calibration(matches),
+        confusion=None if best is None else confusion(data_set, evaluation.results, image_ids, best.threshold),
+    )  # fmt: skip
+
+
+def scored_matches(evaluation: COCOeval) -> list[ScoredMatches]:
+    """Take each class's detections and what became of them at IoU 0.5 out of a finished evaluation."""
+    params = evaluation.params
+    num_classes, num_areas, num_images = max(1, len(params.catIds)), len(params.areaRng), len(params.imgIds)
+    matches = []
+    for column in range(num_classes):
+        start = column * num_areas * num_images  # the first area is of any size
+        found = [picture for picture in evaluation.evalImgs[start : start + num_images] if picture is not None]
+        counted = [~picture["dtIgnore"][0].astype(bool) for picture in found]
+        scores = [np.array(picture["dtScores"])[keep] for picture, keep in zip(found, counted, strict=True)]
+        hits = [picture["dtMatches"][0][keep] > 0 for picture, keep in zip(found, counted, strict=True)]
+        objects = sum(int((~np.array(picture["gtIgnore"], bool)).sum()) for picture in found)
+        matches.append(
+            ScoredMatches(np.concatenate([np.zeros(0), *scores]), np.concatenate([np.zeros(0, bool), *hits]), objects)
+        )
+    return matches
 
 
 def warn_of_crowding(data_set: CocoDataSet) -> None:
@@ -128,6 +179,7 @@ def _evaluated(data_set: CocoDataSet, results: Results, image_ids: Sequence[int]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    evaluation.results = results
     return evaluation
 
 

@@ -71,7 +71,7 @@ def _torch(file: Path) -> Any:
 
 
 def _advice(file: Path) -> str:
-    """What of it is not read, and how to make a state dict of it where that is known."""
+    """Say what of it is not read, and how to make a state dict of it where that is known."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except Exception:  # whatever the bytes lead the unpickler to

@@ -14,6 +14,7 @@ from typing import Any
 
 from model.files import write_whole
 from training.evaluation.average_precision import ApReport
+from training.evaluation.scores import calibration_error
 from training.report.anchor_fit import AnchorFit
 from training.report.plots import (
     FOUND,
@@ -24,6 +25,7 @@ from training.report.plots import (
     ap_by_class,
     detections_and_truth,
     precision_recall,
+    scores_and_confusion,
     training_curves,
 )
 from training.report.validation import ShownPicture, Validation
@@ -110,6 +112,27 @@ def _figures(ap: ApReport) -> str:
     return f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
 
 
+def _operating_point(ap: ApReport) -> str:
+    if ap.best is None:
+        return "Nothing is found at any score."
+    return (
+        f"Best F1 {ap.best.f1:.3f} at score > {ap.best.threshold:.3f}: precision {ap.best.precision:.3f}, recall "
+        f"{ap.best.recall:.3f} at IoU 0.5. Calibration error {calibration_error(ap.calibration):.3f}."
+    )
+
+
+def _classes(ap: ApReport) -> str:
+    """Each class by its number in the plots: AP, and its own best F1."""
+    rows = []
+    for number, (name, value) in enumerate(ap.per_class.items(), start=1):
+        point = ap.best_by_class[number - 1]
+        best = ("", "") if point is None else (f"{point.f1:.3f}", f"{point.threshold:.3f}")
+        cells = "".join(f"<td>{cell}</td>" for cell in (f"{value:.3f}", *best))
+        rows.append(f"<tr><td>{number} {escape(name)}</td>{cells}</tr>")
+    heads = "<tr><th>class</th><th>AP@[.50:.95]</th><th>best F1</th><th>at score &gt;</th></tr>"
+    return f"<details><summary>in figures</summary><table>{heads}{''.join(rows)}</table></details>"
+
+
 def _pictures(folder: Path, pictures: Sequence[ShownPicture], names: Mapping[int, str]) -> list[str]:
     keys = ((FOUND, "found"), (WRONG, "not there, or of another class"), (MISSED, "missed"))
     legend = " ".join(f'<span class="key" style="background:{colour}">{text}</span>' for colour, text in keys)
@@ -130,7 +153,11 @@ def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], ap: ApReport) ->
         _image(folder, "training.png", training_curves(entries), "dashed: validation pictures, whole, as they are"),
         "<h2>Precision and recall</h2>",
         _image(folder, "precision-recall.png", precision_recall(ap), "COCO's: 101 recalls, 100 detections"),
+        "<h2>Scores</h2>",
+        f"<p>{escape(_operating_point(ap))}</p>",
+        _image(folder, "scores.png", scores_and_confusion(ap), "rows: what is there; columns: what was found"),
         "<h2>Classes and sizes</h2>",
+        _classes(ap),
         _image(folder, "ap.png", ap_by_class(ap), "small is below 32² pixels of the picture, large above 96²"),
     ]
 

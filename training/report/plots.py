@@ -30,6 +30,8 @@ NAMED_CLASSES = 5
 """Curves with a name in the plot of all classes: the worst ones."""
 LONGEST_SIDE = 640
 """Pixels of a picture in the report."""
+NAMED_CONFUSIONS = 12
+"""Classes up to which the confusion has names and counts."""
 LONGEST_NAME = 40
 """Characters of a class's name in a plot."""
 JPEG_QUALITY = 85
@@ -106,6 +108,27 @@ def ap_by_class(report: ApReport) -> bytes:
     )
     classes.set(title="AP@[.50:.95] by class", xlim=(0, 1))
     sizes.set(title="by size", xlim=(0, 1))
+    return _png(figure)
+
+
+def scores_and_confusion(report: ApReport) -> bytes:
+    """Precision by score, and which class is taken for which where the scores are cut for the best F1."""
+    figure, (calibrated, confused) = _axes(2)
+    calibrated.plot([0, 1], [0, 1], color=GREY, linestyle="--")
+    calibrated.plot([b.mean_score for b in report.calibration], [b.precision for b in report.calibration], marker="o")
+    calibrated.set(title="calibration", xlabel="score", ylabel="share that finds an object", xlim=(0, 1), ylim=(0, 1))
+    confused.grid(visible=False)
+    if report.confusion is not None:
+        shares = report.confusion / np.maximum(report.confusion.sum(axis=1, keepdims=True), 1)
+        confused.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        names = [*drawn_names(list(report.per_class)), "background"]
+        if len(names) <= NAMED_CONFUSIONS:
+            confused.set_xticks(range(len(names)), [*map(str, range(1, len(names))), "none"])
+            confused.set_yticks(range(len(names)), [f"{name} {row}" for row, name in enumerate(names, start=1)])
+            for (row, column), count in np.ndenumerate(report.confusion):
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                confused.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color=colour)
+    confused.set(title="confusion at the best F1", xlabel="found", ylabel="there")
     return _png(figure)
 
 

@@ -18,6 +18,7 @@ def test_the_model_describes_itself(server: Serving) -> None:
     card = ModelCard.model_validate_json(server.client.get("/model").content)
     assert (card.name, card.provider, card.device_requested) == ("fake", "CPUExecutionProvider", "auto")
     assert [(entry.class_id, entry.label) for entry in card.labels] == [(1, "circle"), (2, "square")]
+    assert card.suggested_score_threshold == 0.375
     assert card.anchors is not None
     assert (card.anchors.base_sizes, card.anchors.lowest_level) == ((20, 40), 3)
 

@@ -13,7 +13,7 @@ from model.backbones import FrozenNorm, NormedConv2d
 from model.folding import fold_norms
 from model.retinanet import HeadLayer, RetinaNetConfig
 from tests.support.networks import TINY, tiny_checkpoint
-from training.checkpoint import Checkpoint, build_detector
+from training.checkpoint import Checkpoint, build_detector, describe, load_checkpoint, save_checkpoint
 from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export
 
 NORMED = replace(TINY, head_norm="batch", head_convs=2)
@@ -91,3 +91,9 @@ def test_a_file_that_answers_otherwise_than_torch_is_refused(file: Path) -> None
         detector.network.head.classification_head.cls_logits.weight.mul_(3)
     with pytest.raises(ExportFailed):
         check_equal(detector, file, "fp32", inputs)
+
+
+def test_the_file_carries_the_threshold_that_validation_suggests(tmp_path: Path) -> None:
+    for suggested in (0.375, None):
+        save_checkpoint(replace(tiny_checkpoint(lively=False), suggested_score_threshold=suggested), tmp_path / "x.pt")
+        assert describe(load_checkpoint(tmp_path / "x.pt"), "x", "fp32").suggested_score_threshold == suggested

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from training.evaluation.average_precision import ApReport
-from training.report.plots import ap_by_class, drawn_names, precision_recall
+from training.report.plots import ap_by_class, drawn_names, precision_recall, scores_and_confusion
 
 NAMES = [r"$\coin$", "a$b", "_private", "猫", "🐈", "x" * 150, "naïve", r"\frac{", "a^b_c", "%d"]
 
@@ -22,12 +22,14 @@ def test_names_keep_what_the_font_has_and_are_numbered_where_it_lacks_a_glyph() 
 
 def report(names: list[str]) -> ApReport:
     precision = np.full((10, 101, len(names), 4), 0.5)
-    return ApReport(*[0.5] * 8, (0.5, 0.5, 0.5), dict.fromkeys(names, 0.5), 3, precision)
+    confusion = np.eye(len(names) + 1, dtype=np.int64)
+    return ApReport(*[0.5] * 8, (0.5, 0.5, 0.5), dict.fromkeys(names, 0.5), 3, precision, confusion=confusion)
 
 
 def test_plots_draw_every_name_without_a_warning() -> None:  # warnings are errors here
     for start in range(0, len(NAMES), 5):  # five have their names in the legend
-        for content in (precision_recall(report(NAMES[start : start + 5])), ap_by_class(report(NAMES))):
+        named = report(NAMES[start : start + 5])
+        for content in (precision_recall(named), ap_by_class(named), scores_and_confusion(named)):
             Image.open(io.BytesIO(content)).verify()
 
 

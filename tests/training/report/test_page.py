@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_the_page_holds_its_pictures_and_needs_nothing_else(run: Finished) -> None:
     sources = re.findall(r'<img alt="([^"]+)" src="([^"]+)"', run.page)
     assert [name for name, _ in sources] == [
-        "training", "precision-recall", "ap", "picture-01", "picture-02", "picture-03", "anchors",
+        "training", "precision-recall", "scores", "ap", "picture-01", "picture-02", "picture-03", "anchors",
     ]  # fmt: skip
     for name, source in sources:
         content = base64.b64decode(source.partition("base64,")[2])
