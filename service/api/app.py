@@ -35,7 +35,7 @@ from service.api.middleware import (
 from service.api.openapi import EVERYWHERE, ONE_IMAGE, UPLOAD, add_detection, docs_page, problems
 from service.api.openinference.routes import OpenInference
 from service.api.parameters import thresholds
-from service.api.paths import DETECT_BATCH, route_of
+from service.api.paths import DETECT_BATCH, INFER, OPEN_INFERENCE_MODEL, route_of
 from service.api.playground import routes as playground_routes
 from service.api.schemas import ModelCard, Status, model_card
 from service.api.service import Service
@@ -59,7 +59,7 @@ def create_app(service: Service) -> ASGIApp:
         routes=[
             *detection.routes,
             *HuggingFace(detection, service.settings.max_image_bytes).routes,
-            *OpenInference(service).routes,
+            *OpenInference(service, detection).routes,
             *playground_routes(with_page=documented),
         ],
         servers=[{"url": service.settings.root_path}] if service.settings.root_path else None,
@@ -166,7 +166,8 @@ def _make_series(metrics: HttpMetrics, routes: list[Route], *, keyed: bool, cros
         methods = {method for each in routes if route_of(each.path) == path for method in each.methods or ()}
         metrics.make_series(OTHER_METHOD, path, {405} | preflight)
         if "GET" in methods:
-            metrics.make_series("GET", path, {200, 503} | refused)
+            unknown_model = {404} if path.startswith(OPEN_INFERENCE_MODEL) else set()
+            metrics.make_series("GET", path, {200, 503} | refused | unknown_model)
         if "POST" in methods:
             metrics.make_series("POST", path, _statuses(path) | refused, timed=True)
     files = {200, 206, 304, 400, 404}  # of the docs page
@@ -176,5 +177,5 @@ def _make_series(metrics: HttpMetrics, routes: list[Route], *, keyed: bool, cros
 
 def _statuses(route: str) -> set[int]:
     """Return those that a route which detects can give, less what requests can get wherever they go."""
-    codes = UPLOAD if route == DETECT_BATCH else ONE_IMAGE
+    codes = {DETECT_BATCH: UPLOAD, INFER: {*ONE_IMAGE, "not_found"} - {"not_acceptable"}}.get(route, ONE_IMAGE)
     return {200, 499} | {PROBLEM_TYPES[code].status for code in codes} - {401, 414, 431}

@@ -4,6 +4,7 @@ Plain Starlette routes, described in `service.api.openapi`: FastAPI's own readin
 that the event loop has for one.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,11 +19,12 @@ from service.api.errors import problem_of
 from service.api.middleware import context_of
 from service.api.parameters import options, read_query, with_parameters
 from service.api.paths import DETECT, DETECT_BATCH
-from service.api.replies import Reply, as_json, as_picture, picture_wanted
+from service.api.replies import Answered, Reply, as_json, as_picture, picture_wanted
 from service.api.service import Service
 from service.api.uploads import JsonImage
 from service.config import MAX_BATCH_IMAGES
-from service.core.job import Finish
+from service.core.job import Finish, Options
+from service.core.store import LoadedModel
 
 
 class Detection:
@@ -30,7 +32,7 @@ class Detection:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._max_batch_images = min(MAX_BATCH_IMAGES, service.settings.queue_capacity)
+        self.max_batch_images = min(MAX_BATCH_IMAGES, service.settings.queue_capacity)
 
     @property
     def routes(self) -> list[Route]:
@@ -49,7 +51,7 @@ class Detection:
 
     async def detect_batch(self, request: Request) -> Response:
         """Answer each of up to 16 images with its detections or its problem."""
-        replies = await self._replies(request, self._as_json(request), max_images=self._max_batch_images)
+        replies = await self._replies(request, self._as_json(request), max_images=self.max_batch_images)
         request_id = context_of(request.scope).request_id
         parts = (
             reply.body if isinstance(reply, Reply) else to_json(problem_of(reply, request_id)) for reply in replies
@@ -79,28 +81,48 @@ class Detection:
         json: JsonImage | None = None,
     ) -> list[Reply | BaseException]:
         """Detect in each image, and return what became of each, in order. Raises what befalls the whole request."""
-        service, context = self._service, context_of(request.scope)
+        service = self._service
         model = service.store.serving()
         query = read_query(request.query_params)
         asked = options(query, service.settings, model)
         images, size = await service.uploads.receive(request.headers, request.receive, max_images=max_images, json=json)
         if json is not None and json.parameters:
             asked = options(with_parameters(query, json.parameters), service.settings, model)
+        return await self.run(request, images, size, model, asked, finish, draws=draws)
+
+    async def run(
+        self,
+        request: Request,
+        images: Sequence[bytearray],
+        body_bytes: int,
+        model: LoadedModel,
+        asked: Options,
+        finish: Finish,
+        *,
+        draws: bool = False,
+        timeout_seconds: float = math.inf,
+    ) -> list[Any]:
+        """Return what `finish` makes of each image (with what an `Answered` has), or its exception, in order.
+
+        `body_bytes`: of the request, from which the images came just now. `timeout_seconds`: the client's own. Raises
+        what befalls the whole request.
+        """
+        service, context = self._service, context_of(request.scope)
         context.watch.lap("read")
-        context.fields["body_bytes"] = size
-        service.metrics.http.request_size.observe(size)
-        timeout_seconds = service.settings.request_timeout_seconds
+        context.fields["body_bytes"] = body_bytes
+        service.metrics.http.request_size.observe(body_bytes)
+        timeout_seconds = min(timeout_seconds, service.settings.request_timeout_seconds)
         jobs = service.engine.submit(
             images, model, asked, finish, timeout_seconds=timeout_seconds, watch=context.watch, draws=draws
         )
         replies = await answers_of(jobs, request.receive, timeout_seconds, service.engine.cancel)
-        if answered := [reply for reply in replies if isinstance(reply, Reply)]:
+        if answered := [reply for reply in replies if not isinstance(reply, BaseException)]:
             service.metrics.request_duration.observe(max(reply.detected.watch.total for reply in answered))
             context.fields |= _log_fields(answered)
         return replies
 
 
-def _log_fields(replies: Sequence[Reply]) -> dict[str, Any]:
+def _log_fields(replies: Sequence[Answered]) -> dict[str, Any]:
     results = [reply.detected for reply in replies]
     model = results[0].model
     return {

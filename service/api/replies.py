@@ -1,6 +1,7 @@
 """One image's answer as bytes: JSON, or the picture with its boxes drawn; and which of the two a client asks for."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic_core import to_json
 
@@ -8,6 +9,17 @@ from service.api.schemas import answer, detection_list, timing_ms
 from service.core.decoders import Decoders
 from service.core.job import Detected, Job
 from service.drawing import PictureFormat, check_sides
+
+
+class Answered(Protocol):
+    """One image's part of an answer, in whatever form."""
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """Milliseconds by stage, and their total."""
+
+    @property
+    def detected(self) -> Detected: ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
@@ -52,7 +52,10 @@ class ClientGone(Exception):
     """The connection was closed: nobody reads an answer."""
 
 
-class Form(Protocol):
+Content = TypeVar("Content", covariant=True)
+
+
+class Form(Protocol[Content]):
     """A body being parsed."""
 
     @property
@@ -61,7 +64,7 @@ class Form(Protocol):
 
     def feed(self, chunk: bytes) -> None: ...
 
-    def finish(self) -> list[bytearray]: ...
+    def finish(self) -> Content: ...
 
 
 @dataclass
@@ -202,6 +205,15 @@ class Uploads:
         Raises MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, MemoryFull, ClientGone.
         """
         form, max_body_bytes = self._form(headers, max_images, json)
+        return await self.receive_form(form, max_body_bytes, headers, receive)
+
+    async def receive_form(
+        self, form: Form[Content], max_body_bytes: int, headers: Headers, receive: Receive
+    ) -> tuple[Content, int]:
+        """Return what the form makes of the body, and the body's size in bytes. Raises what `receive` raises."""
+        encoding = headers.get("content-encoding", "")
+        if {coding.strip().lower() for coding in encoding.split(",")} - {"", "identity"}:
+            raise UnsupportedMediaType(f"Content-Encoding {encoding!r} is not read: send the image as it is")
         size = _content_length(headers)
         if size is not None and size > max_body_bytes:
             raise BodyTooLarge(f"the body has {size} bytes; {max_body_bytes} are allowed")
@@ -219,18 +231,14 @@ class Uploads:
         finally:
             self._count(-size)
 
-    def _form(self, headers: Headers, max_images: int, json: JsonImage | None) -> tuple[Form, int]:
+    def _form(self, headers: Headers, max_images: int, json: JsonImage | None) -> tuple[Form[list[bytearray]], int]:
         """The parser of this Content-Type, and how many bytes it may get."""
-        encoding = headers.get("content-encoding", "")
-        if {coding.strip().lower() for coding in encoding.split(",")} - {"", "identity"}:
-            raise UnsupportedMediaType(f"Content-Encoding {encoding!r} is not read: send the image as it is")
         media_type, options = parse_options_header(headers.get("content-type", ""))
         if media_type == b"multipart/form-data":
             if not options.get(b"boundary"):
                 raise MalformedRequest("the multipart Content-Type has no boundary")
             parts = MultipartImages(options[b"boundary"], max_images=max_images, max_image_bytes=self._max_image_bytes)
-            most = int(max_images * self._max_image_bytes * ENCODED)
-            return parts, min(most, self._held.limit) + OVERHEAD_BYTES
+            return parts, self.max_body_bytes(int(max_images * self._max_image_bytes * ENCODED))
         if max_images > 1:
             raise UnsupportedMediaType(_expected(media_type, "multipart/form-data"))
         if media_type.startswith(b"image/") or media_type in (b"", b"application/octet-stream"):
@@ -243,7 +251,11 @@ class Uploads:
             hint += "; with curl: -H 'Content-Type: image/jpeg' --data-binary @FILE, or -F image=@FILE"
         raise UnsupportedMediaType(_expected(media_type, hint))
 
-    async def _feed(self, form: Form, receive: Receive, max_body_bytes: int) -> int:
+    def max_body_bytes(self, most: int) -> int:
+        """Bound a body that may have so many bytes of images."""
+        return min(most, self._held.limit) + OVERHEAD_BYTES
+
+    async def _feed(self, form: Form[Any], receive: Receive, max_body_bytes: int) -> int:
         size = 0
         try:
             while True:

@@ -1,25 +1,33 @@
-"""JSON that holds a few large strings: they stay bytes, and only the little around them is parsed.
+"""JSON that holds a few large strings, or large arrays of numbers: they stay bytes, and only the little around them is
+parsed.
 
 Parsing the whole would build what nobody asked for, and hold Python's lock for all of it: 26 MiB with millions of keys
 stop every other request for seconds. Here no step holds it for longer than some milliseconds; all steps together take
-0.1 s, so they are not for the event loop.
+0.1 s, with numbers a second, so they are not for the event loop.
 """
 
 import codecs
+import itertools
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from service.api.body.encodings import PIECE_BYTES, pieces
 
-LARGE_STRING_BYTES = 4096
+LARGE_BYTES = 4096
+"""Strings and arrays of more stay bytes."""
 MAX_SMALL_BYTES = 64 * 1024
 """Bytes of a document besides its large strings."""
 MAX_QUOTES = 2000
 MAX_BACKSLASHES = 64
 """In a row, before a quote."""
+NUMBERS_BYTES = 64 * 1024
+_UINT8S = re.compile(rb"(?:[\[\s]*+\d{1,3}[\]\s]*+,)*+[\[\s]*+\d{1,3}[\]\s]*+")
 ESCAPE_BYTES = len(rb"\u002B")
 
 Encoded = bytes | bytearray
@@ -42,29 +50,81 @@ class LargeString:
         return b"".join(json.loads(b'"' + part + b'"').encode("ascii") for part in parts)
 
 
+@dataclass(frozen=True)
+class LargeNumbers:
+    """An array as it stands in the document, perhaps of arrays, and perhaps not of numbers."""
+
+    encoded: Encoded
+
+    def __repr__(self) -> str:
+        return f"an array of {len(self.encoded)} bytes"
+
+    def as_uint8(self, count: int) -> bytearray:
+        """Return its numbers, however they are nested. ValueError: they are not `count` whole numbers up to 255."""
+        numbers = bytearray()
+        for piece in self._pieces():
+            if _UINT8S.fullmatch(piece) is None:
+                raise ValueError("it has other than whole numbers from 0 to 255")
+            values = np.fromstring(piece.translate(None, b"[] \t\r\n").decode(), np.uint16, sep=",")
+            if values.max() > 255:
+                raise ValueError(f"it has the number {values.max()}, and 255 is the largest")
+            numbers += values.astype(np.uint8).tobytes()
+            if len(numbers) > count:
+                break
+        if len(numbers) != count:
+            raise ValueError(f"it has not the {count} numbers of its shape")
+        return numbers
+
+    def _pieces(self) -> Iterator[Encoded]:
+        """Cut it at commas. ValueError: there are none where numbers have them."""
+        start = 0
+        while start < len(self.encoded):
+            last = len(self.encoded) - start <= NUMBERS_BYTES
+            end = len(self.encoded) if last else self.encoded.rfind(b",", start, start + NUMBERS_BYTES)
+            if end < 0:
+                raise ValueError("it has other than whole numbers from 0 to 255")
+            yield self.encoded[start:end]
+            start = end + 1
+
+
 def parse_json(body: Encoded) -> Any:
-    """Parse the body as json.loads does, but strings of more than 4 KiB are a LargeString each.
+    """Parse as json.loads does, but strings of more than 4 KiB are a LargeString each, and arrays a LargeNumbers.
 
     UTF-8, UTF-16 or UTF-32, with or without a byte order mark. ValueError: it is not JSON, or has more than 64 KiB
-    besides its large strings or more than 1,000 strings. RecursionError: it is nested too deeply.
+    besides these or more than 1,000 strings. RecursionError: it is nested too deeply.
     """
     encoding = json.detect_encoding(body)
     if not encoding.startswith("utf-8"):
         body = _as_utf8(body, encoding)
-    quotes = list(_quotes(body))
     token = secrets.token_hex(8)  # no string of the document can be taken for it
-    large: dict[str, LargeString] = {}
+    large: dict[str, LargeString | LargeNumbers] = {}
     small, kept = bytearray(), 0
-    for begin, end in zip(quotes[::2], quotes[1::2], strict=False):
-        if end - begin > LARGE_STRING_BYTES:
-            key = f"{token}{len(large)}"
-            large[key] = LargeString(body[begin + 1 : end])
-            small += body[kept : begin + 1] + key.encode()
-            kept = end
+    for begin, end, value in _large_values(body):
+        key = f"{token}{len(large)}"
+        large[key] = value
+        small += body[kept:begin] + b'"' + key.encode() + b'"'
+        kept = end
     if len(small) + len(body) - kept > MAX_SMALL_BYTES:
         raise ValueError(f"it has more than {MAX_SMALL_BYTES} bytes besides the image")
     small += body[kept:]
-    return _with_strings(json.loads(small), large)
+    return _with_large(json.loads(small), large)
+
+
+def _large_values(body: Encoded) -> Iterator[tuple[int, int, LargeString | LargeNumbers]]:
+    """Find (begin, end, value) of each large string, quotes included, and of each array between two strings."""
+    quotes = list(_quotes(body))
+    edges = [0, *quotes, len(body)]
+    for number, (begin, end) in enumerate(itertools.pairwise(edges)):
+        is_string, has_ended = number % 2 == 1, number < len(quotes)
+        if end - begin <= LARGE_BYTES:
+            continue
+        if is_string and has_ended:
+            yield begin, end + 1, LargeString(body[begin + 1 : end])
+        elif not is_string and (first := body.find(b"[", begin, end)) >= 0:
+            brace = body.find(b"}", first, end)
+            last = body.rfind(b"]", first, end if brace < 0 else brace)
+            if last - first > LARGE_BYTES:
+                yield first, last + 1, LargeNumbers(body[first : last + 1])
 
 
 def _as_utf8(body: Encoded, encoding: str) -> bytes:
@@ -90,10 +150,10 @@ def _quotes(body: Encoded) -> Iterator[int]:
     raise ValueError(f"it has more than {MAX_QUOTES // 2} strings")
 
 
-def _with_strings(value: Any, large: dict[str, LargeString]) -> Any:
-    """The document with its large strings in their places."""
+def _with_large(value: Any, large: dict[str, LargeString | LargeNumbers]) -> Any:
+    """Put the large values of the document into their places."""
     if isinstance(value, dict):
-        return {key: _with_strings(each, large) for key, each in value.items()}
+        return {key: _with_large(each, large) for key, each in value.items()}
     if isinstance(value, list):
-        return [_with_strings(each, large) for each in value]
+        return [_with_large(each, large) for each in value]
     return large.get(value, value) if isinstance(value, str) else value
