@@ -134,7 +134,9 @@ def _outputs(given: Any, binary: bool) -> Mapping[str, bool]:
     for each in given:
         name, options = each.get("name"), member(each, "parameters")
         if not isinstance(name, str) or name not in OUTPUTS or name in outputs:
-            raise MalformedRequest(f"the output {name!r} is not one of {', '.join(OUTPUTS)}, or is asked for twice")
+            raise MalformedRequest(
+                f"the output {name!r:.100} is not one of {', '.join(OUTPUTS)}, or is asked for twice"
+            )
         _refuse_what_is_not_offered(options)
         outputs[name] = _flag(options, "binary_data", binary)
     return outputs
