@@ -3,7 +3,9 @@
 Each request carries an id; the server's log has one line with that id, and what the line says is what the client got.
 """
 
+import base64
 import collections
+import json
 import os
 import random
 import shutil
@@ -15,11 +17,13 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from service.api.errors import OUTCOME_OF_STATUS
+from service.api.paths import DETECTION_ROUTES
 from tests.support.faulty_models import write_slow_model
 from tests.support.load import PNG, Reply, Scrape, ask, blocks, connected, request_head
 from tests.support.serving import ServerProcess, server_process, wait_until
@@ -51,6 +55,7 @@ class Clients:
     """The kinds of clients there are. Each call is one request and one line in the ledger."""
 
     url: str
+    infer_path: str = "/v2/models/slow/infer"
     ledger: Ledger = field(default_factory=Ledger)
 
     def ask(self, path: str, body: bytes, headers: dict[str, str]) -> Reply:
@@ -67,17 +72,40 @@ class Clients:
         request = httpx.Request("POST", self.url, files=[("image", image) for image in IMAGES[:3]])
         return self.ask("/detect/batch", request.read(), {"Content-Type": request.headers["content-type"]})
 
-    def no_image(self) -> Reply:
-        return self.ask("/detect", b"no image at all", PNG)
+    def tensors(self) -> Reply:
+        return self.infer(*random.sample(IMAGES, 2), parameters={"binary_data_output": True})
 
-    def bad_query(self) -> Reply:
-        return self.ask("/detect?score_threshold=2", IMAGES[0], PNG)
+    def infer(self, *images: bytes, **members: Any) -> Reply:
+        """Ask in the Open Inference Protocol, whose path names the model."""
+        data = b"".join(len(image).to_bytes(4, "little") + image for image in images)
+        tensor = {
+            "name": "image",
+            "datatype": "BYTES",
+            "shape": [len(images)],
+            "parameters": {"binary_data_size": len(data)},
+        }
+        head = json.dumps({"inputs": [tensor]} | members).encode()
+        return self.ask(self.infer_path, head + data, {"Inference-Header-Content-Length": str(len(head))})
 
-    def too_large(self) -> Reply:
-        return self.ask("/detect", bytes(150_000), PNG)
+    def no_image(self) -> list[Reply]:
+        return [self.ask("/detect", b"no image at all", PNG), self.infer(b"no image at all")]
 
-    def wrong_type(self) -> Reply:
-        return self.ask("/detect", IMAGES[0], {"Content-Type": "text/plain"})
+    def bad_option(self) -> list[Reply]:
+        bad = {"score_threshold": 2}
+        return [self.ask("/detect?score_threshold=2", IMAGES[0], PNG), self.infer(IMAGES[0], parameters=bad)]
+
+    def too_large(self) -> list[Reply]:
+        return [self.ask("/detect", bytes(150_000), PNG), self.infer(bytes(150_000))]
+
+    def wrong_type(self) -> list[Reply]:
+        wrong = {"Content-Encoding": "gzip"}
+        return [
+            self.ask("/detect", IMAGES[0], {"Content-Type": "text/plain"}),
+            self.ask(self.infer_path, IMAGES[0], wrong),
+        ]
+
+    def wrong_model(self) -> Reply:
+        return self.ask("/v2/models/other/infer", IMAGES[0], {})
 
     def too_slow(self) -> None:
         """Never sends its last byte, and waits for the server to give up."""
@@ -95,8 +123,11 @@ class Clients:
 
     def leaves_while_waiting(self) -> None:
         request_id, image = uuid.uuid4().hex, random.choice(IMAGES)
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(image).decode()]}
+        in_json = json.dumps({"inputs": [tensor]}).encode()
+        path, body = random.choice((("/detect", image), (self.infer_path, in_json)))
         with connected(self.url) as connection:
-            connection.sendall(request_head(len(image), request_id=request_id) + image)
+            connection.sendall(request_head(len(body), path, request_id) + body)
             time.sleep(random.uniform(0, 0.2))
         self.ledger.write(request_id, ANYTHING)
 
@@ -115,13 +146,13 @@ def assert_books_agree(server: ServerProcess, ledger: Ledger) -> None:
     http = collections.Counter[str]()
     for (name, labels), value in scrape.samples.items():
         values = dict(labels)
-        if name == "http_requests_total" and values["route"].startswith("/detect") and value:
+        if name == "http_requests_total" and values["route"] in DETECTION_ROUTES and value:
             http[values["status"]] += int(value)
     assert http == statuses
 
 
 def logged(server: ServerProcess) -> list[dict[str, object]]:
-    return [line for line in server.log() if str(line.get("route")).startswith("/detect")]
+    return [line for line in server.log() if line.get("route") in DETECTION_ROUTES]
 
 
 @pytest.mark.slow
@@ -146,13 +177,17 @@ def test_whatever_clients_do_each_request_is_counted_once_by_what_became_of_it(t
 
         # Alone, each kind gets its own outcome; in the crowd below any of them may be refused as overloaded.
         wait_until(lambda: clients.good().status == 200, 60)
-        alone = [call().status for call in (clients.no_image, clients.bad_query, clients.too_large, clients.wrong_type)]
-        assert alone == [422, 422, 413, 415]
+        for call, status in (
+            (clients.no_image, 422), (clients.bad_option, 422), (clients.too_large, 413), (clients.wrong_type, 415),
+        ):  # fmt: skip
+            wait_until(lambda: {reply.status for reply in call()} == {status}, 60)  # noqa: B023
+        wait_until(lambda: clients.tensors().status == 200, 60)
+        assert clients.wrong_model().status == 404
         wait_until(lambda: 429 in [reply.status for reply in pool.map(lambda _: clients.good(), range(64))], 60)
 
         kinds = [clients.good] * 12 + [clients.leaves_while_waiting] * 6 + [clients.leaves_while_sending] * 3
-        kinds += [clients.batch, clients.no_image, clients.bad_query, clients.too_large, clients.wrong_type] * 2
-        kinds += [clients.too_slow]
+        kinds += [clients.batch, clients.no_image, clients.bad_option, clients.too_large, clients.wrong_type] * 2
+        kinds += [clients.tensors] * 6 + [clients.wrong_model, clients.too_slow]
         random.Random(0).shuffle(kinds)
         list(pool.map(lambda call: call(), kinds * 16))
 
@@ -168,8 +203,8 @@ def test_whatever_clients_do_each_request_is_counted_once_by_what_became_of_it(t
 def test_promtool_finds_no_fault_in_a_process_that_has_served(tmp_path: Path) -> None:
     with server_process(tmp_path) as server:
         before = set(Scrape(server.url).samples)
-        clients = Clients(server.url)
-        for call in (clients.good, clients.batch, clients.no_image, clients.leaves_while_sending):
+        clients = Clients(server.url, "/v2/models/tiny/infer")
+        for call in (clients.good, clients.batch, clients.tensors, clients.no_image, clients.leaves_while_sending):
             call()
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: Scrape(server.url)("retinaserve_model_reloads_total", outcome="success") == 1)
