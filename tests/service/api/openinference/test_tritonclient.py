@@ -129,6 +129,17 @@ def test_options_are_parameters_and_outputs_are_those_asked_for(
     assert result.as_numpy("labels")[0].tolist() == [each["label"] for each in expected]
 
 
+def test_tiles_are_a_parameter_too_of_files_and_of_frames(
+    server: ServerProcess, client: triton.InferenceServerClient
+) -> None:
+    tiles = {"tile": 64, "overlap": 0.25} | THRESHOLD
+    expected = [detections(server, PICTURES[0], **tiles)]
+    assert not agree(expected[0], detections(server, PICTURES[0], **THRESHOLD))
+    frame = np.asarray(Image.open(io.BytesIO(PICTURES[0])))
+    for tensor in (input_of(files(PICTURES[0])), input_of(frame, "UINT8")):
+        assert_equal(client.infer("shapes", [tensor], parameters=tiles), expected)
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_nothing_found_is_an_answer(client: triton.InferenceServerClient, binary: bool) -> None:
     wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in DATATYPES]
