@@ -258,8 +258,9 @@ function shownDetections() {
   return state.answer.detections.filter((found) => found.score > score && !state.unchecked.has(found.label)).slice(0, most);
 }
 
-function outcome() {
+function outcome({ filtered = false } = {}) {
   const shown = shownDetections().length, { detections, timing_ms: timing } = state.answer;
+  if (shown && filtered) return `${shown} of ${count(detections.length, "object")}`;
   if (shown) return `${count(shown, "object")} in ${milliseconds(timing.total)}`;
   const score = Number($("score").value).toFixed(2), labels = state.unchecked.size ? " with these labels" : "";
   const where = detections.length ? `${labels} above a score of ${score}` : ` in ${milliseconds(timing.total)}`;
@@ -602,7 +603,7 @@ function element(name, properties = {}, ...children) {
 
 function filter() {
   render();
-  if (state.answer && !state.request) say(outcome());
+  if (state.answer && !state.request) say(outcome({ filtered: true }));
 }
 
 function openTab(tab) {

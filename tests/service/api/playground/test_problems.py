@@ -1,6 +1,8 @@
 """What goes wrong is told with its code; what passes is waited for; a key is asked for and forgotten."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Route, expect
@@ -30,17 +32,21 @@ def test_a_lost_connection_is_a_problem_that_can_be_tried_again(playground: Play
     playground.complaints[:] = [line for line in playground.complaints if "net::ERR_FAILED" not in line]
 
 
-def refuse(status: int, code: str, seconds: int) -> dict[str, object]:
+def refuse(status: int, code: str, seconds: int = 600) -> dict[str, Any]:
     return {"status": status, "headers": {"Retry-After": str(seconds)}, "json": {"code": code, "title": "Not now"}}
 
 
 @pytest.mark.parametrize(("status", "code"), [(429, "overloaded"), (503, "not_ready")])
 def test_what_passes_counts_down_and_is_asked_again(playground: Playground, status: int, code: str) -> None:
-    playground.page.route("**/detect?*", lambda route: route.fulfill(**refuse(status, code, 2)), times=1)  # type: ignore[arg-type]
+    playground.page.clock.install()
+    playground.page.route("**/detect?*", lambda route: route.fulfill(**refuse(status, code)), times=1)
     playground.page.get_by_role("button", name="Use the example").click()
     expect(playground.alert).to_contain_text(code)
-    expect(playground.alert).to_contain_text("Repeats in 2 s")
-    expect(playground.alert).to_contain_text("Repeats in 1 s")
+    expect(playground.alert).to_contain_text(re.compile(r"Repeats in \d{3} s"))
+    playground.page.clock.fast_forward(520_000)
+    expect(playground.alert).to_contain_text(re.compile(r"Repeats in \d\d s"))
+    assert len(playground.asked) == 1
+    playground.page.clock.fast_forward(100_000)
     expect(playground.rows).to_have_count(2)
     expect(playground.alert).to_be_hidden()
     assert len(playground.asked) == 2
@@ -57,27 +63,36 @@ def test_a_queue_that_is_full_is_what_the_page_waits_for(browser: Browser) -> No
         second.page.get_by_role("button", name="Use the example").click()
         expect(second.alert).to_contain_text("overloaded")
         detector.gate.set()
-        expect(second.rows).to_have_count(2, timeout=20_000)
+        expect(second.rows).to_have_count(2)
         for page in (first, second):
             page.close()
 
 
 def test_repeating_can_be_stopped(playground: Playground) -> None:
-    playground.page.route("**/detect?*", lambda route: route.fulfill(**refuse(429, "overloaded", 1)))  # type: ignore[arg-type]
+    playground.page.clock.install()
+    playground.page.route("**/detect?*", lambda route: route.fulfill(**refuse(429, "overloaded")))
     playground.page.get_by_role("button", name="Use the example").click()
     playground.page.get_by_role("button", name="Stop repeating").click()
-    playground.page.wait_for_timeout(1500)
-    assert len(playground.asked) == 1
+    playground.page.clock.fast_forward(700_000)
     expect(playground.alert).not_to_contain_text("Repeats")
+    with playground.page.expect_request("**/detect?*"):
+        playground.page.get_by_role("button", name="Try again now").click()
+    assert len(playground.asked) == 2
 
 
 def test_a_model_that_loads_is_waited_for(playground: Playground) -> None:
-    def loading(route: Route) -> None:
-        route.fulfill(**refuse(503, "not_ready", 1))  # type: ignore[arg-type]
+    loading = True
 
-    playground.page.route("**/model", loading, times=1)
+    def answer(route: Route) -> None:
+        if loading:
+            route.fulfill(**refuse(503, "not_ready", 1))
+        else:
+            route.continue_()
+
+    playground.page.route("**/model", answer)
     playground.page.reload()
     expect(playground.page.locator("#knows")).to_have_text("The model is loading …")
+    loading = False
     expect(playground.page.get_by_role("heading", level=1)).to_have_text("fake")
 
 

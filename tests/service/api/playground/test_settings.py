@@ -48,6 +48,7 @@ def test_the_filters_make_no_request_and_a_change_of_nms_makes_one(playground: P
     assert [query["score_threshold"] for query in playground.queries()] == [["0.05"]]
     playground.slide("Score threshold", 0.2)
     expect(playground.rows).to_have_count(3)
+    expect(playground.status).to_have_text("3 of 4 objects")
     playground.slide("Score threshold", 0.05)
     expect(playground.rows).to_have_count(4)
     playground.page.get_by_role("checkbox", name="square", exact=True).uncheck()
