@@ -49,7 +49,7 @@ class Playground:
     def close(self) -> None:
         """Close the page, about which there must be nothing to complain."""
         self.page.close()
-        assert self.complaints == []
+        assert not self.complaints, self.complaints
 
     @property
     def status(self) -> Locator:
@@ -87,7 +87,7 @@ class Playground:
 
     def _heard(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not message.text.startswith(REFUSED):
-            self.complaints.append(message.text)
+            self.complaints.append(f"{message.text} ({message.location['url']})")
 
     def _came(self, response: Response) -> None:
         if response.status == 404:

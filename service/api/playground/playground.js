@@ -80,8 +80,9 @@ function ask() {
   const started = performance.now();
   state.request = post(`detect?${query}`, "application/json", "text", (reply) => {
     done();
-    if (reply.status !== 200) return fail(reply);
-    state.answer = JSON.parse(reply.response);
+    const answer = reply.status === 200 ? parsed(reply.response) : null;
+    if (!answer) return fail(reply);
+    state.answer = answer;
     state.roundTrip = performance.now() - started;
     drawWhereTheBrowserCannot(state.picture);
     render();
@@ -136,10 +137,8 @@ function done() {
 function fail(request) {
   let problem = { code: "connection_lost", title: "No answer came", detail: "The connection was lost on the way. Is the service running?" };
   if (request.status) {
-    problem = { code: `http_${request.status}`, title: `The service answered ${request.status}`, detail: request.statusText };
-    try {
-      problem = { ...problem, ...JSON.parse(request.responseText) };
-    } catch { /* a proxy's page, which says no more than its status */ }
+    const title = `The service, or something before it, answered ${request.status}`;
+    problem = { code: `http_${request.status}`, title, detail: request.statusText, ...parsed(request.response) };
   }
   if (request.status === 401) wantKey("");
   const seconds = Number(request.getResponseHeader("Retry-After"));
@@ -581,6 +580,13 @@ function savePicture() {
 /* Says an outcome; what stands in backticks is a command. */
 const say = (text) =>
   $("status").replaceChildren(...text.split("`").map((part, n) => (n % 2 ? element("code", { textContent: part }) : part)));
+const parsed = (text) => {
+  try {
+    return JSON.parse(text);
+  } catch { // the page of a proxy
+    return null;
+  }
+};
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
 const bytes = (n) => (n >= MANY_BYTES ? `${(n / 1e6).toFixed(1)} MB` : `${Math.max(1, Math.round(n / 1000))} kB`);

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Route, expect
 
+from service.config import MIB
 from tests.service.api.playground.conftest import NO_PICTURE, Several
 from tests.service.api.playground.test_code import labels
 from tests.support.browser import Playground
@@ -30,6 +31,18 @@ def test_a_lost_connection_is_a_problem_that_can_be_tried_again(playground: Play
     playground.page.get_by_role("button", name="Try again now").click()
     expect(playground.rows).to_have_count(2)
     playground.complaints[:] = [line for line in playground.complaints if "net::ERR_FAILED" not in line]
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_the_page_of_a_proxy_is_a_problem_too(playground: Playground, status: int) -> None:
+    playground.page.route("**/detect?*", lambda route: route.fulfill(status=status, body="<h1>Sign in</h1>"))
+    playground.page.get_by_role("button", name="Use the example").click()
+    expect(playground.alert).to_contain_text(f"http_{status}")
+
+
+def test_a_picture_that_is_too_large_is_told_from_a_lost_connection(playground: Playground) -> None:
+    playground.choose({"name": "large.jpg", "mimeType": "image/jpeg", "buffer": b"\xff\xd8" + bytes(21 * MIB)})
+    expect(playground.alert).to_contain_text("body_too_large")
 
 
 def refuse(status: int, code: str, seconds: int = 600) -> dict[str, Any]:
