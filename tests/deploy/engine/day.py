@@ -30,6 +30,9 @@ HERE = (
 )
 MAX_LINES, MAX_CHARACTERS = 10, 200
 """Of an output on the page."""
+PROGRESS = re.compile(r" *(Container|Network|Volume) .*|#\d+ .*|\s*$")
+"""Lines by which Compose tells that it goes on, and docker build."""
+CONTROLS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LEFT_OUT = ("alertmanager", "docker/alerting.yml", "hooks.example")
 """Lines that need an image which is not everywhere; test_operations.py has a test of its own for them."""
 OF_OTHERS = ("## Kubernetes", "## The images", "## A day")
@@ -73,7 +76,6 @@ class Day:
         return os.environ | {
             "COMPOSE_PROJECT_NAME": "retinaserve-day",
             "COMPOSE_FILE": ":".join(FILES),
-            "COMPOSE_PROGRESS": "quiet",
             "RETINASERVE_MODEL": "/models/current.onnx",
             "API_PORT": str(self.port),
             "PROMETHEUS_PORT": str(self.prometheus_port),
@@ -119,7 +121,7 @@ def steps(page: str, runbook: str) -> Iterator[Block]:
         yield block
     for line in dict.fromkeys(" ".join(line.split()) for line in INLINE.findall(runbook)):
         yield Block("The runbook", (line,))
-    yield Block("Stop", ("docker compose down --volumes",))
+    yield Block("Stop", ("docker compose down --volumes --remove-orphans",))
 
 
 def live(day: Day) -> Iterator[tuple[Block, int, str]]:
@@ -150,7 +152,7 @@ def main() -> int:
 
 def shortened(output: str) -> str:
     """The last lines, and the beginning of each."""
-    lines = output.splitlines()
+    lines = [line for line in CONTROLS.sub("", output).splitlines() if not PROGRESS.match(line)]
     shown = ["…"] * (len(lines) > MAX_LINES) + lines[-MAX_LINES:]
     return "".join(line[:MAX_CHARACTERS] + "…" * (len(line) > MAX_CHARACTERS) + "\n" for line in shown)
 
