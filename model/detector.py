@@ -74,6 +74,8 @@ class Detector:
     """ONNX Runtime's name of what computes: "CPUExecutionProvider", "CUDAExecutionProvider"."""
     fell_back: bool
     """`auto` found a GPU build of ONNX Runtime but could not use CUDA, and the CPU computes."""
+    tf32: bool
+    """The file is fp32, and CUDA computes its convolutions with 10 bits of mantissa."""
     lanes: int
     """Batches that may be on the device at once."""
     batch_size: int
@@ -109,6 +111,7 @@ class Detector:
         )
         self.provider, self.lanes = self._runtime.provider, self._runtime.lanes
         self.batch_size = self._runtime.batch_size
+        self.tf32 = self._runtime.tf32 and self.metadata.precision == "fp32"
 
     def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
         """Take a lane for `count` canvases of this (height, width), if one is free now. See Runtime.free_lane."""

@@ -6,7 +6,7 @@ Device-level only: in containers NVML cannot tell processes apart. Where NVML do
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -38,20 +38,49 @@ class GpuGauges:
             "retinaserve_gpu_energy_joules_total", "Energy used since the driver was loaded.", labels, registry=registry
         )
         self._joules: dict[str, float] = {}
+        self._missing: set[tuple[str, str]] = set()
 
     def sample(self, nvml: Any) -> None:
-        """Read every GPU now. Raises NVML's error."""
+        """Read every GPU now, each figure on its own: a MIG slice has no utilisation. What cannot be read is said once.
+
+        Raises NVML's error where a GPU itself cannot be had.
+        """
+        figures: dict[str, Callable[[Any, Any, tuple[str, str]], None]] = {
+            "memory": self._read_memory,
+            "utilisation": self._read_utilization,
+            "temperature": self._read_temperature,
+            "energy": self._read_energy,
+        }
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             labels = str(index), nvml.nvmlDeviceGetUUID(handle)
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            self._memory_used.labels(*labels).set(memory.used)
-            self._memory_total.labels(*labels).set(memory.total)
-            self._utilization.labels(*labels).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-            self._temperature.labels(*labels).set(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
-            joules = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-            self._energy.labels(*labels).inc(max(0, joules - self._joules.get(labels[1], 0)))
-            self._joules[labels[1]] = joules
+            for figure, read in figures.items():
+                try:
+                    read(nvml, handle, labels)
+                except nvml.NVMLError as error:
+                    self._tell_once(figure, labels, error)
+
+    def _tell_once(self, figure: str, labels: tuple[str, str], error: Exception) -> None:
+        missing = (figure, labels[1])
+        if missing not in self._missing:
+            self._missing.add(missing)
+            logger.warning("GPU %s: no metric of its %s: %s", labels[0], figure, error)
+
+    def _read_memory(self, nvml: Any, handle: Any, labels: tuple[str, str]) -> None:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        self._memory_used.labels(*labels).set(memory.used)
+        self._memory_total.labels(*labels).set(memory.total)
+
+    def _read_utilization(self, nvml: Any, handle: Any, labels: tuple[str, str]) -> None:
+        self._utilization.labels(*labels).set(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+
+    def _read_temperature(self, nvml: Any, handle: Any, labels: tuple[str, str]) -> None:
+        self._temperature.labels(*labels).set(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+
+    def _read_energy(self, nvml: Any, handle: Any, labels: tuple[str, str]) -> None:
+        joules = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        self._energy.labels(*labels).inc(max(0, joules - self._joules.get(labels[1], 0)))
+        self._joules[labels[1]] = joules
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def anchors(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     from training.checkpoint import load_checkpoint
-    from training.distributed import joined, local_device
+    from training.distributed import joined, loading_processes, local_device
     from training.evaluate import choose_device
     from training.exchange.finetune import fine_tuning_config, lineage
     from training.train import train as run_training
@@ -83,7 +83,7 @@ def train(options: argparse.Namespace) -> None:
             load_coco(options.data, "val", class_agnostic=config.class_agnostic),
             options.out,
             device=device,
-            workers=options.workers,
+            workers=loading_processes() if options.workers is None else options.workers,
             resume=options.resume,
             notes=notes,
             ranks=ranks,

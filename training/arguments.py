@@ -48,7 +48,12 @@ def _add_train(commands: Commands) -> None:
         metavar="CHECKPOINT.pt",
         help="start from its weights and architecture, with the data set's classes; `import` makes one of COCO's",
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that load samples; 0: none")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that load samples, for each that trains; 0: none; default: its share of the cores, at most 16",
+    )
     _add_device(parser)
     parser.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
     _add_recipe(parser)

@@ -2,7 +2,7 @@
 
 Every process has a rank and computes its share of each step; sums over ranks make the losses, and so the gradients,
 those of the whole step. Rank 0 alone writes. All ranks call the same collectives in the same order; a process that is
-gone ends the others with `RankLost` instead of a hang.
+gone ends the others instead of a hang: with `RankLost` on CPUs, by NCCL's watchdog, which aborts them, on GPUs.
 """
 
 import os
@@ -17,10 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.runtime.cores import available_cores
+
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for another rank: rank 0 computes AP meanwhile, a minute for COCO."""
 SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
 """In the messages of torch's collectives, which have no exception class of their own on the CPU."""
+MOST_WORKERS = 16
+"""Each holds two batches in memory."""
 Item = TypeVar("Item")
 
 
@@ -86,7 +90,10 @@ ALONE = Ranks()
 
 def in_parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
     """The network with gradients that are the mean over all ranks; the same module where there is one rank."""
-    return network if ranks.size == 1 else DistributedDataParallel(network)
+    if ranks.size == 1:
+        return network
+    devices = [torch.device(ranks.device)] if ranks.device.startswith("cuda") else None
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
 
 
 @contextmanager
@@ -108,7 +115,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
         yield Ranks(dist.get_rank(), dist.get_world_size(), str(device))
         dist.destroy_process_group()  # not after an error: it may wait for those who are gone
     except RuntimeError as error:
@@ -118,6 +126,12 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             f"rank {os.environ['RANK']} stops: another process of the run died or hangs, its own message says why. "
             f"--resume goes on from last.pt. ({str(error).strip().splitlines()[0][:160]})"
         ) from error
+
+
+def loading_processes() -> int:
+    """Those that load samples for this process, unless told otherwise: its share of the cores, at most MOST_WORKERS."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST_WORKERS, available_cores() // processes))
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -70,7 +70,7 @@ def train(
     batches = load_batches(
         training_set, config, first_step=state.step, workers=workers, ranks=ranks, pin_memory=device.type == "cuda"
     )
-    _log_scale(config, ranks)
+    _log_scale(config, ranks, device)
     describe(run.checkpoint(state), name="run", precision="fp32")  # what no file may carry
     with StopRequest().heeded() as stop, closing(metrics) if metrics else nullcontext():
         run.validate_if_due(state, stop)
@@ -245,11 +245,13 @@ class TrainingRun:
         return to_checkpoint(state, self.config, self.training_set.labels, data_set, self.notes)
 
 
-def _log_scale(config: TrainConfig, ranks: Ranks) -> None:
+def _log_scale(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
     peak, reference = peak_learning_rate(config.optimiser, config.batch_size), config.optimiser.reference_batch_size
     scale = peak, config.optimiser.learning_rate, reference, config.batch_size, reference
     log.info("learning rate %g = %g for %d images a step x %d / %d", *scale)
     log.info("%d process(es), %s, %d part(s) a step", ranks.size, config.precision, config.accumulate_steps)
+    if device.type == "cuda" and config.precision == "fp32" and torch.backends.cudnn.allow_tf32:
+        log.info("on this GPU fp32 convolutions are TF32, with 10 bits of mantissa: torch's default")
 
 
 def _due(step: int, every: int) -> bool:

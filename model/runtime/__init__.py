@@ -34,10 +34,21 @@ def open_runtime(
         raise DeviceUnavailable("this ONNX Runtime is built without CUDA: install retinaserve[gpu] and no [cpu]")
     if device != "cpu" and has_cuda_build():
         try:
-            return cuda_runtime(model, metadata, limit_bytes=gpu_memory_limit_bytes, lanes=runs_at_once), False
+            runtime = cuda_runtime(model, metadata, limit_bytes=gpu_memory_limit_bytes, lanes=runs_at_once)
+            _tell_of_precision(metadata, runtime)
+            return runtime, False
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             if device == "cuda":
                 raise DeviceUnavailable(f"model {metadata.name} cannot run on CUDA: {one_line(error)}") from error
             logger.warning("CUDA cannot be used, model %s runs on the CPU: %s", metadata.name, one_line(error))
             fell_back = True
     return cpu_runtime(model, session, metadata.resize, threads=threads, runs_at_once=runs_at_once), fell_back
+
+
+def _tell_of_precision(metadata: ModelMetadata, runtime: Runtime) -> None:
+    if metadata.precision == "int8":
+        logger.warning(
+            "model %s is int8, for which CUDA has no kernels: slower than fp32, export it as fp16", metadata.name
+        )
+    elif metadata.precision == "fp32" and runtime.tf32:
+        logger.info("model %s computes its fp32 convolutions in TF32, with 10 bits of mantissa", metadata.name)

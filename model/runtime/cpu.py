@@ -32,6 +32,7 @@ class CpuRuntime:
     """See `model.runtime.session.Runtime`."""
 
     provider = CPU
+    tf32 = False
     batch_size = 1
 
     def __init__(self, wide: Session, resize: ResizePolicy, *, narrow: Session | None = None, lanes: int = 1) -> None:

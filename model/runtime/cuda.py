@@ -42,7 +42,7 @@ class CudaRuntime:
         bytes_per_pixel: int,
         lanes: int = RUNS_AT_ONCE,
     ) -> None:
-        self.lanes = lanes
+        self.lanes, self.tf32 = lanes, device.options.use_tf32
         self._open_session, self._device, self._resize = open_session, device, resize
         self._weight_bytes, self._bytes_per_pixel = weight_bytes, bytes_per_pixel
         self._sessions: dict[InputShape, ShapeSession] = {}  # the device's lock guards it and the next

@@ -75,6 +75,8 @@ class Runtime(Protocol):
 
     provider: str
     """ONNX Runtime's name of what computes."""
+    tf32: bool
+    """Convolutions of fp32 models keep 10 bits of mantissa, by tensor cores."""
     lanes: int
     """Batches that may be on the device at once."""
     batch_size: int

@@ -62,6 +62,7 @@ MODEL_CARD: JsonDict = {
     "device_requested": "auto",
     "provider": "CUDAExecutionProvider",
     "fell_back": False,
+    "tf32": False,
     "ap": 0.436,
     "suggested_score_threshold": 0.41,
     "data_set": "shapes",
@@ -153,6 +154,9 @@ class ModelCard(Strict):
     device_requested: str
     provider: str = Field(description="ONNX Runtime's name of what computes.")
     fell_back: bool = Field(description="A GPU was wanted and the CPU computes.")
+    tf32: bool = Field(
+        description="An fp32 model on a GPU: its convolutions keep 10 bits of mantissa, by tensor cores."
+    )
     ap: float | None = Field(description="COCO AP@[.50:.95] on the validation split, if known.")
     suggested_score_threshold: float | None = Field(
         description="That of the best F1 on the validation split, if known."
@@ -213,6 +217,7 @@ def model_card(model: LoadedModel, defaults: Thresholds) -> ModelCard:
         device_requested=detector.device_requested,
         provider=detector.provider,
         fell_back=detector.fell_back,
+        tf32=detector.tf32,
         ap=metadata.ap,
         suggested_score_threshold=metadata.suggested_score_threshold,
         data_set=metadata.data_set,

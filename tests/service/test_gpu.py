@@ -10,6 +10,8 @@ from service.gpu import sample_gpus
 from service.metrics import Metrics
 from tests.support.serving import wait_until
 
+OTHERS = ("memory_used_bytes", "temperature_celsius", "energy_joules_total")
+
 
 class NVMLError(Exception):
     pass
@@ -17,10 +19,11 @@ class NVMLError(Exception):
 
 @dataclass
 class FakeNvml:
-    """One GPU; `broken` makes the driver absent, `silent` leaves the energy unanswered."""
+    """One GPU; `broken` makes the driver absent; a `slice` of one (MIG) has no utilisation."""
 
     broken: bool = False
-    silent: bool = False
+    slice: bool = False
+    count: int = 0
     joules: int = 500
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0
@@ -30,6 +33,7 @@ class FakeNvml:
             raise NVMLError("no driver")
 
     def nvmlDeviceGetCount(self) -> int:
+        self.count += 1
         return 1
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
@@ -42,14 +46,14 @@ class FakeNvml:
         return SimpleNamespace(used=3, total=10)
 
     def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:
+        if self.slice:
+            raise NVMLError("not supported")
         return SimpleNamespace(gpu=40)
 
     def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
         return 55
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
-        if self.silent:
-            raise NVMLError("not supported")
         return self.joules * 1000
 
 
@@ -72,8 +76,14 @@ def test_without_nvml_there_are_no_gpu_series(nvml: FakeNvml | None, caplog: pyt
         assert b"retinaserve_gpu" not in metrics.text()
 
 
-def test_a_reading_that_fails_is_told_in_the_log_and_the_others_stay(caplog: pytest.LogCaptureFixture) -> None:
-    metrics = Metrics()
-    with sample_gpus(metrics, FakeNvml(silent=True)):
-        wait_until(lambda: "GPU metrics are incomplete: not supported" in caplog.text)
-    assert metrics.registry.get_sample_value("retinaserve_gpu_memory_used_bytes", {"gpu": "0", "uuid": "GPU-1"}) == 3
+def test_a_figure_that_a_slice_of_a_gpu_has_not_is_told_once_and_the_others_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.gpu.SAMPLE_SECONDS", 0.001)
+    metrics, nvml = Metrics(), FakeNvml(slice=True)
+    with sample_gpus(metrics, nvml):
+        wait_until(lambda: nvml.count > 3)
+    assert caplog.text.count("GPU 0: no metric of its utilisation: not supported") == 1
+    labels = {"gpu": "0", "uuid": "GPU-1"}
+    values = [metrics.registry.get_sample_value(f"retinaserve_gpu_{name}", labels) for name in OTHERS]
+    assert values == [3, 55, 500]

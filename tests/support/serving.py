@@ -67,6 +67,7 @@ class FakeDetector:
     provider: str = "CPUExecutionProvider"
     device_requested: str = "auto"
     fell_back: bool = False
+    tf32: bool = False
     sha256: str = "0" * 64
     lanes: int = 1
     """Of them shared ones under concurrent load, as on a CPU, where there are several."""

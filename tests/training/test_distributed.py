@@ -26,7 +26,7 @@ from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
 from training.config import LossConfig, TrainConfig
 from training.data import load_batches
-from training.distributed import ALONE, Ranks, joined
+from training.distributed import ALONE, Ranks, joined, loading_processes
 from training.evaluate import Predictor, evaluate
 from training.evaluation.average_precision import ApReport
 from training.state import new_state
@@ -188,3 +188,12 @@ def test_evaluation_across_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     reports: list[ApReport] = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
     assert repr(reports[0]) == repr(reports[1]) == repr(alone)  # repr: NaN is equal to itself
     assert alone.num_images == 7
+
+
+@pytest.mark.parametrize(("ranks", "share"), [("1", 1), ("2", 2), ("1000", 1000)])
+def test_samples_are_loaded_by_a_ranks_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, ranks: str, share: int
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr("training.distributed.available_cores", lambda: 64)
+    assert loading_processes() == max(1, min(16, 64 // share))

@@ -53,6 +53,17 @@ def count_of(calls: Sequence[Call], what: str) -> int:
 # Placement and options
 
 
+def test_fp32_says_that_it_is_tf32_and_int8_that_cuda_is_the_wrong_place(
+    cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = Detector(MODEL, device="cuda")
+    assert (detector.provider, detector.fell_back, detector.tf32) == (CUDA, False, True)
+    assert "computes its fp32 convolutions in TF32" in caplog.text
+    int8 = Detector(MODEL.with_stem("shapes-int8"), device="cuda")
+    assert (int8.provider, int8.tf32) == (CUDA, False)
+    assert "is int8, for which CUDA has no kernels" in caplog.text
+
+
 @pytest.mark.parametrize("shape", [InputShape(1, 800, 1088), InputShape(8, 1344, 768), InputShape(2, 32, 32)])
 @pytest.mark.parametrize("prefer_nhwc", [False, True])
 def test_every_node_is_on_cuda_and_none_on_the_cpu(cuda: FakeCuda, shape: InputShape, prefer_nhwc: bool) -> None:
