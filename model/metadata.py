@@ -16,11 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 
 FORMAT_VERSION = "1"
 KEY_PREFIX = "retinaserve."
-TEXT_FIELDS = ("name", "architecture", "precision", "data_set")
+TEXT_FIELDS = ("name", "architecture", "precision", "data_set", "made_for")
 """Stored as they are; all others as JSON."""
-LATER_FIELDS = ("anchors", "suggested_score_threshold")
+LATER_FIELDS = ("anchors", "suggested_score_threshold", "made_for")
 """Files of this format version were written before there were any; where one is missing, the default holds."""
 Precision = Literal["fp32", "fp16", "int8"]
+MadeFor = Literal["any", "cpu"]
+"""The devices that a file's graph is the fastest form for; it answers the same on all."""
 SCORE_THRESHOLD = 0.05
 """A detection scores more than this. These three are what files carry and services apply, unless told otherwise."""
 NMS_THRESHOLD = 0.5
@@ -141,7 +143,8 @@ class ModelMetadata:
     """The making of the file, for people: command, seed, steps, seconds, commit."""
     anchors: AnchorConfig | None = None
     """The anchors of the boxes, for people: the graph holds its own. None: the file is older than this."""
-
+    made_for: MadeFor = "any"
+    """cpu: 3x3 convolutions as Winograd's, in operators that are slow on a GPU."""
     suggested_score_threshold: float | None = None
     """The threshold of the best F1 on the validation split; None: not known, or the file is older than this."""
 

@@ -147,6 +147,7 @@ def export(options: argparse.Namespace) -> None:
         name=options.name or options.out.stem,
         precision=options.precision,
         calibration=calibration,
+        made_for=options.made_for,
     )
 
 

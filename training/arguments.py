@@ -136,6 +136,13 @@ def _add_export(commands: Commands) -> None:
         help="fp16 is for GPUs, int8 for CPUs with VNNI",
     )
     parser.add_argument(
+        "--for",
+        choices=("any", "cpu"),
+        default="any",
+        dest="made_for",
+        help="cpu: fp32 with the 3x3 convolutions of 256 and more channels as Winograd's; on a GPU that is slow",
+    )
+    parser.add_argument(
         "--calibration", type=Path, help="int8: folder of a COCO-format data set, its train split is used"
     )
     parser.add_argument("--calibration-images", type=int, default=100, help="int8: pictures to take the ranges from")

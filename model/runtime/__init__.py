@@ -35,7 +35,7 @@ def open_runtime(
     if device != "cpu" and has_cuda_build():
         try:
             runtime = cuda_runtime(model, metadata, limit_bytes=gpu_memory_limit_bytes, lanes=runs_at_once)
-            _tell_of_precision(metadata, runtime)
+            _tell_of_the_form(metadata, runtime)
             return runtime, False
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             if device == "cuda":
@@ -45,10 +45,12 @@ def open_runtime(
     return cpu_runtime(model, session, metadata.resize, threads=threads, runs_at_once=runs_at_once), fell_back
 
 
-def _tell_of_precision(metadata: ModelMetadata, runtime: Runtime) -> None:
+def _tell_of_the_form(metadata: ModelMetadata, runtime: Runtime) -> None:
     if metadata.precision == "int8":
         logger.warning(
             "model %s is int8, for which CUDA has no kernels: slower than fp32, export it as fp16", metadata.name
         )
-    elif metadata.precision == "fp32" and runtime.tf32:
+    if metadata.made_for == "cpu":
+        logger.warning("model %s is made for CPUs and slow on CUDA: export it without --for cpu", metadata.name)
+    if metadata.precision == "fp32" and runtime.tf32:
         logger.info("model %s computes its fp32 convolutions in TF32, with 10 bits of mantissa", metadata.name)

@@ -107,7 +107,7 @@ def served(model: Path, *flags: str) -> Iterator[tuple[ServerProcess, httpx.Clie
 def service(setting: Setting) -> list[Row]:
     """The service, the bare session and torchvision in turns: one picture again and again, then mixed ones."""
     data = photo(1280, 960)
-    session, eager = bare_session(setting.model), torchvision_eager(setting.cache)
+    session, eager = bare_session(setting.model), torchvision_eager(setting.cache / "resnet50.pt")
     with served(setting.model) as (_, client):
         inputs = setting.inputs(data)
         posted, ran = interleaved(setting.rounds, lambda: post(client, data), lambda: session.run(None, inputs))
@@ -137,18 +137,21 @@ def service(setting: Setting) -> list[Row]:
     ]  # fmt: skip
 
 
-def torchvision_eager(cache: Path) -> Callable[[bytes], object]:
-    """Bytes to detections as torchvision's own code has it: decode, transform, network, NMS; the same weights."""
+def torchvision_eager(checkpoint: Path, layout: str = "_v2") -> Callable[[bytes], object]:
+    """Bytes to detections as torchvision's own code has it: decode, transform, network, NMS; the same weights.
+
+    `layout`: the end of torchvision's name, empty for v1.
+    """
     import torch
     import torchvision
 
     from training.checkpoint import load_checkpoint
 
     torch.set_num_threads(available_cores())
-    network = torchvision.models.detection.retinanet_resnet50_fpn_v2(
+    network = getattr(torchvision.models.detection, f"retinanet_resnet50_fpn{layout}")(
         weights=None, weights_backbone=None, num_classes=91, detections_per_img=300
     )
-    network.load_state_dict(dict(load_checkpoint(cache / "resnet50.pt").model), strict=True)
+    network.load_state_dict(dict(load_checkpoint(checkpoint).model), strict=True)
     network.eval()
 
     def detect(data: bytes) -> object:

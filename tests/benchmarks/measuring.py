@@ -25,7 +25,7 @@ from PIL import Image
 
 from model.detector import available_cores
 from model.image import decode_image, to_canvas
-from model.metadata import ResizePolicy
+from model.metadata import MadeFor, ResizePolicy
 from model.types import Candidates
 from tests.support.serving import server_process
 
@@ -136,21 +136,22 @@ def add_cache_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of models and virtual environments [.bench]")
 
 
-def resnet50(folder: Path) -> Path:
-    """torchvision's v2 layout with random weights that detect, 91 classes, shorter side 800. Beside it the checkpoint,
-    `resnet50.pt`."""
+def resnet50(folder: Path, layout: str = "v2", made_for: MadeFor = "any") -> Path:
+    """torchvision's layout v1 or v2 with random weights that detect, 91 classes, shorter side 800. Beside it the
+    checkpoint: `resnet50.pt`, of v1 `resnet50-v1.pt`."""
     from tests.support.networks import tiny_checkpoint
     from training.checkpoint import save_checkpoint
     from training.exchange.onnx_file import export
     from training.exchange.torchvision import ARCHITECTURES
 
-    file = folder / "resnet50.onnx"
+    stem = "resnet50" if layout == "v2" else f"resnet50-{layout}"
+    file = folder / (f"{stem}.onnx" if made_for == "any" else f"{stem}-{made_for}.onnx")
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        config = ARCHITECTURES["retinanet_resnet50_fpn_v2"].model
+        config = ARCHITECTURES["retinanet_resnet50_fpn_v2" if layout == "v2" else "retinanet_resnet50_fpn"].model
         checkpoint = tiny_checkpoint(91, config, resize=ResizePolicy())
-        save_checkpoint(checkpoint, folder / "resnet50.pt")
-        export(checkpoint, file, name="resnet50")
+        save_checkpoint(checkpoint, folder / f"{stem}.pt")
+        export(checkpoint, file, name=stem, made_for=made_for)
     return file.absolute()
 
 

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,13 @@ from model.candidates import CandidateDetector
 from model.files import replacing
 from model.folding import fold_norms
 from model.image import to_canvas
-from model.metadata import ModelMetadata, Precision, ResizePolicy
+from model.metadata import MadeFor, ModelMetadata, Precision, ResizePolicy
+from model.runtime.session import blank_canvas
 from model.types import Candidates, CanvasImage
 from training.checkpoint import Checkpoint, build_detector, describe
 from training.coco import CocoDataSet
 from training.exchange.int8 import Fp32Layers, quantise
+from training.exchange.winograd import to_winograd
 
 log = logging.getLogger(__name__)
 OPSET = 18
@@ -74,18 +76,23 @@ def export(
     name: str,
     precision: Precision = "fp32",
     calibration: Calibration | None = None,
+    made_for: MadeFor = "any",
 ) -> ModelMetadata:
     """Write the ONNX file. ExportFailed: it would not do what the checkpoint does; then `out` is as it was.
 
-    ValueError: int8 without a calibration.
+    ValueError: int8 without a calibration, or `made_for` a CPU in another precision than fp32.
     """
+    if made_for == "cpu" and precision != "fp32":
+        raise ValueError(f"--for cpu is a form of fp32: leave --precision {precision} or --for away")
     if (precision == "int8") != (calibration is not None):
         raise ValueError("int8, and only int8, needs --calibration: a folder with the data set's own pictures")
     detector = build_detector(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long part
-    metadata = describe(checkpoint, name, precision)
+    metadata = replace(describe(checkpoint, name, precision), made_for=made_for)
     folded = fold_norms(detector)
     model = to_onnx(half_network(folded) if precision == "fp16" else folded)
+    if made_for == "cpu":
+        model = to_winograd(model, blank_canvas(checkpoint.config.resize).canvas_size)
     examples = example_inputs(*CHECKED)
     if calibration is not None:
         resize = checkpoint.config.resize
