@@ -1,6 +1,7 @@
 """The CUDA path on ONNX Runtime's real provider and the fake libraries: run by `make test-foreign`, in .venv-cuda."""
 
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,16 @@ def test_fp32_says_that_it_is_tf32_and_int8_that_cuda_is_the_wrong_place(
     assert "is int8, for which CUDA has no kernels" in caplog.text
 
 
+def test_a_file_that_is_made_for_cpus_is_told_to_be_slow(
+    cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, value = b"retinaserve.made_for", b"cpu"
+    entry = b"\n" + bytes([len(key)]) + key + b"\x12" + bytes([len(value)]) + value  # metadata_props are field 14
+    (tmp_path / "a.onnx").write_bytes(MODEL.read_bytes() + bytes([14 << 3 | 2, len(entry)]) + entry)
+    Detector(tmp_path / "a.onnx", device="cuda")
+    assert "is made for CPUs and slow on CUDA" in caplog.text
+
+
 @pytest.mark.parametrize("shape", [InputShape(1, 800, 1088), InputShape(8, 1344, 768), InputShape(2, 32, 32)])
 @pytest.mark.parametrize("prefer_nhwc", [False, True])
 def test_every_node_is_on_cuda_and_none_on_the_cpu(cuda: FakeCuda, shape: InputShape, prefer_nhwc: bool) -> None:
@@ -124,6 +135,11 @@ def test_one_thread_alone_runs_sessions_whoever_calls(cuda: FakeCuda, detector: 
     assert count_of(calls, "cudnn_handle") == 0
 
 
+def run_until(ended: threading.Event, runtime: CudaRuntime) -> None:
+    while not ended.is_set():
+        runtime.run(canvases(4, 640, 640))
+
+
 def test_graphs_are_captured_when_a_session_opens_and_only_replayed_after(cuda: FakeCuda) -> None:
     options = CudaOptions(capture_graph=True)
     device = CudaDevice("cuda", CARD_BYTES, options)
@@ -137,12 +153,18 @@ def test_graphs_are_captured_when_a_session_opens_and_only_replayed_after(cuda: 
     )
     with cuda.calls() as opening:
         runtime.run(canvases(1, *SHAPES[0]))
-        with ThreadPoolExecutor(1) as pool:
-            load = pool.submit(lambda: [runtime.run(canvases(1, *SHAPES[0])) for _ in range(200)])
-            for shape in SHAPES[1:]:
-                runtime.run(canvases(1, *shape))
-            load.result()
-    assert count_of(opening, "capture") == len(SHAPES) * runtime.lanes
+        runtime.run(canvases(4, 640, 640))
+        with ThreadPoolExecutor(2) as pool:
+            ended = threading.Event()
+            loads = [pool.submit(run_until, ended, runtime) for _ in range(2)]
+            try:
+                for shape in SHAPES[1:]:
+                    runtime.run(canvases(1, *shape))
+            finally:
+                ended.set()
+            for load in loads:
+                load.result()
+    assert count_of(opening, "capture") == (len(SHAPES) + 1) * runtime.lanes, "and of what ran meanwhile"
     with cuda.calls() as calls:
         run_by_many_threads(runtime.run, SHAPES)
     assert Counter(call.what for call in calls if not call.what.startswith("copy")) == {"replay": 24}
