@@ -129,7 +129,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def loading_processes() -> int:
-    """Those that load samples for this process, unless told otherwise: its share of the cores, at most MOST_WORKERS."""
+    """Return how many load samples for this process by default: its share of the cores, at most MOST_WORKERS."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(MOST_WORKERS, available_cores() // processes))
 

@@ -137,7 +137,7 @@ class _Rewriting:
         self._both_orders(answer, node.output[0])
 
     def nodes_used(self, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-        """Those on which the graph's outputs depend."""
+        """Return those on which the graph's outputs depend."""
         needed, used = {each.name for each in graph.output}, []
         for node in reversed(self._nodes):
             if needed & set(node.output):
