@@ -19,6 +19,7 @@ FULL = ModelMetadata(
     training={"command": "python -m training train --seed 0", "steps": "9000"},
     anchors=AnchorConfig((16, 32.5), (1,), (0.5, 1), lowest_level=2, stride="torchvision"),
     suggested_score_threshold=0.375,
+    made_for="cpu",
 )
 LEAST = ModelMetadata(name="x", labels=(Label(0, "thing"),), architecture="")
 
@@ -51,7 +52,8 @@ def test_a_missing_property_is_named(key: str) -> None:
 def test_a_file_older_than_a_value_in_it_is_read(name: str) -> None:
     props = FULL.to_props()
     del props[f"retinaserve.{name}"]
-    assert ModelMetadata.from_props(props) == replace(FULL, **{name: None})  # type: ignore[arg-type]
+    default = {"made_for": "any"}.get(name)
+    assert ModelMetadata.from_props(props) == replace(FULL, **{name: default})  # type: ignore[arg-type]
 
 
 def test_a_file_of_another_program_is_told_how_to_be_made() -> None:
