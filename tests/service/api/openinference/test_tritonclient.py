@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from tests.support.load import agree, blocks
-from tests.support.serving import PNG, ServerProcess, server_process
+from tests.support.serving import PNG, FakeDetector, ServerProcess, server_process, serving
 
 THRESHOLD = {"score_threshold": 0.7}
 PICTURES = [blocks(200, 150, 1), blocks(90, 120, 2), blocks(64, 64, 3)]
@@ -214,4 +215,24 @@ def test_with_keys_the_probes_are_open_and_the_rest_is_not(tmp_path: Path) -> No
         assert client.get_model_metadata("tiny", headers=headers)["name"] == "tiny"
         with pytest.raises(InferenceServerException, match="1 to 1 are allowed"):
             client.infer("tiny", [input_of(files(*PICTURES[:2]))], headers=headers)
+        client.close()
+
+
+def test_a_full_line_and_a_lost_device_are_told() -> None:
+    detector = FakeDetector()
+    detector.gate.clear()
+    with serving(detector, queue_capacity=1) as server, ThreadPoolExecutor(1) as pool:
+        client = triton.InferenceServerClient(server.url.removeprefix("http://"))
+        waiting = pool.submit(server.client.post, "/detect", content=PICTURES[0], headers=PNG)
+        server.wait_until(lambda: server.metric("retinaserve_queue_depth") == 1)
+        with pytest.raises(InferenceServerException, match="overloaded: ") as raised:
+            client.infer("fake", [input_of(files(PICTURES[0]))])
+        assert raised.value.status() == "429"
+        detector.gate.set()
+        assert waiting.result().status_code == 200
+        server.service.store.device_fault = "it fell off the bus"
+        assert not client.is_server_live() and not client.is_model_ready("fake")
+        with pytest.raises(InferenceServerException, match="not_ready: ") as raised:
+            client.infer("fake", [input_of(files(PICTURES[0]))])
+        assert raised.value.status() == "503"
         client.close()
