@@ -16,7 +16,9 @@ from tests.support.serving import wait_until
 PRETRAINED = Path(__file__).parents[2] / "model" / "pretrained"
 PROGRAM = Path(os.environ.get("LABEL_STUDIO", "label-studio"))
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
-START_SECONDS = 240
+START_SECONDS = 600
+"""The first start makes its database: half a minute on a quiet machine."""
+pytestmark = pytest.mark.timeout(900)
 CONFIG = """<View><Image name="photo" value="$picture"/><RectangleLabels name="shapes" toName="photo">
 <Label value="Circle"/><Label value="star"/></RectangleLabels></View>"""
 
