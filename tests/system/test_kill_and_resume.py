@@ -125,12 +125,12 @@ def test_a_disk_that_is_full_stops_the_run_with_the_cause(data: Path, tmp_path: 
 def test_an_unreadable_picture_stops_the_run_and_is_named_or_is_skipped_and_counted(tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path / "data")
     (data / "images" / "train" / "3.png").write_bytes(b"no picture")
-    (data / "images" / "val" / "0.png").unlink()
     config = replace(CONFIG, steps=4, evaluate_every=0)
     stopped = finished(config, data, tmp_path / "stopped", "--workers", "1")
     assert stopped.returncode == 2
     assert "3.png cannot be read" in stopped.stderr.splitlines()[-1]
     assert "--unreadable skip" in stopped.stderr.splitlines()[-1]
+    (data / "images" / "val" / "0.png").unlink()
     skipped = finished(replace(config, unreadable="skip"), data, tmp_path / "skipped", "--workers", "1")
     assert skipped.returncode == 0, skipped.stderr
     assert skipped.stderr.count("3.png cannot be read") == 1

@@ -22,7 +22,8 @@ def refuse_unreadable(data_set: CocoDataSet, *, skip: bool, ranks: Ranks = ALONE
     """Decode every picture, shared by the ranks. InvalidDataSet: some cannot be read; with `skip`, all of them."""
     indices = ranks.share(range(len(data_set)))
     problems = []
-    for index in tqdm(indices, desc=f"check {data_set.split} pictures", unit="picture", disable=not ranks.is_first):
+    what = f"check {data_set.split} pictures"
+    for index in tqdm(indices, desc=what, unit="picture", leave=False, disable=not ranks.is_first):
         try:
             data_set.read(index)
         except InvalidDataSet as error:
