@@ -97,8 +97,7 @@ def test_it_works_below_a_path_prefix(browser: Browser, proxy: str) -> None:
     opened.open()
     opened.use_example()
     expect(opened.rows).to_have_count(2)
-    assert f"{proxy}/detect?score_threshold=0.5" in opened.code("curl")
+    assert f"{proxy}/detect?score_threshold=" in opened.code("curl")
     opened.page.get_by_role("link", name="API reference").click()
     expect(opened.page.get_by_text("/detect/batch")).to_be_visible()
-    opened.complaints[:] = [line for line in opened.complaints if "fastapi" not in line]
     opened.close()
