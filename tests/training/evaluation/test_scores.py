@@ -10,8 +10,8 @@ import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 
 from model.types import Detections, coco_results
-from tests.training.evaluation.test_own_truth import content, loaded, noisy, own_truth
-from training.coco import CocoDataSet
+from tests.training.evaluation.test_own_truth import BCCD, content, loaded, noisy, own_truth
+from training.coco import CocoDataSet, load_coco
 from training.evaluation.average_precision import average_precision, coco_truth
 from training.evaluation.scores import ScoredMatches, best_f1, calibration, calibration_error, confusion, pooled
 
@@ -20,9 +20,8 @@ def ids_of(data_set: CocoDataSet) -> list[int]:
     return [picture.image_id for picture in data_set.pictures]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_second_implementation_has_the_same_figures(seed: int, tmp_path: Path) -> None:
-    data_set = loaded(tmp_path, content(seed))
+def assert_agrees(data_set: CocoDataSet, seed: int) -> None:
+    """Compare our figures of random results with a second implementation's."""
     results = noisy(data_set, seed)
     report = average_precision(data_set, results, ids_of(data_set))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -35,6 +34,16 @@ def test_a_second_implementation_has_the_same_figures(seed: int, tmp_path: Path)
     expected = [math.nan if figure < 0 else figure for figure in theirs.stats[:6]]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     assert report.recall_100 == pytest.approx(theirs.stats[8], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_second_implementation_has_the_same_figures(seed: int, tmp_path: Path) -> None:
+    assert_agrees(loaded(tmp_path, content(seed)), seed)
+
+
+@pytest.mark.skipif(not BCCD.exists(), reason=f"{BCCD} is not here")
+def test_a_second_implementation_has_the_same_figures_on_real_pictures() -> None:
+    assert_agrees(load_coco(BCCD, "val"), 0)
 
 
 def matches(scores: list[float], found: list[int], num_objects: int) -> ScoredMatches:
