@@ -76,7 +76,9 @@ function ask() {
   quit();
   hideProblem();
   const { file } = state.picture;
-  const query = new URLSearchParams({ score_threshold: ASKED_SCORE, nms_threshold: $("nms").value, max_detections: MOST_DETECTIONS });
+  const query = new URLSearchParams({
+    score_threshold: ASKED_SCORE, nms_threshold: $("nms").value, max_detections: MOST_DETECTIONS, ...tiles(),
+  });
   const started = performance.now();
   state.request = post(`detect?${query}`, "application/json", "text", (reply) => {
     done();
@@ -91,6 +93,8 @@ function ask() {
   say(`Sending ${state.picture.name}, ${bytes(file.size)} …`);
   busy(started);
 }
+
+const tiles = () => ($("tile").value ? { tile: $("tile").value } : {});
 
 function sending({ loaded, total }) {
   say(loaded < total ? `Sending ${state.picture.name}: ${Math.floor((100 * loaded) / total)} % of ${bytes(total)}` : "Detecting …");
@@ -485,7 +489,9 @@ function renderCode(shown) {
   const kept = state.unchecked.size ? labels.filter((label) => !state.unchecked.has(label)) : [];
   const call = {
     name: state.picture?.name ?? "photo.jpg", example: state.picture?.example, key: Boolean(state.key || state.keyWanted),
-    query: [["score_threshold", $("score").value], ["nms_threshold", $("nms").value], ...kept.map((label) => ["label", label])],
+    query: [
+      ["score_threshold", $("score").value], ["nms_threshold", $("nms").value], ...Object.entries(tiles()), ...kept.map((label) => ["label", label]),
+    ],
   };
   $("code-curl").textContent = curl(call);
   $("code-python").textContent = python(call);
@@ -652,10 +658,12 @@ $("nms").oninput = (event) => {
   event.target.dataset.touched = "yes";
   $("nms-value").textContent = Number(event.target.value).toFixed(2);
 };
-$("nms").onchange = () => {
-  renderCode(shownDetections());
-  ask();
-};
+for (const id of ["nms", "tile"]) {
+  $(id).onchange = () => {
+    renderCode(shownDetections());
+    ask();
+  };
+}
 $("all").onclick = () => {
   state.unchecked.clear();
   filter();

@@ -63,6 +63,18 @@ def test_the_filters_make_no_request_and_a_change_of_nms_makes_one(playground: P
     assert [query["nms_threshold"] for query in playground.queries()] == [["0.5"], ["0.8"]]
 
 
+def test_a_tile_size_asks_again_and_is_in_the_code(playground: Playground) -> None:
+    playground.use_example()
+    select = playground.page.get_by_label("Tile size")
+    with playground.page.expect_response("**/detect?*"):
+        select.select_option("512")
+    assert [query.get("tile") for query in playground.queries()] == [None, ["512"]]
+    expect(playground.page.get_by_role("tabpanel")).to_contain_text("tile=512")
+    with playground.page.expect_response("**/detect?*"):
+        select.select_option("")
+    assert playground.queries()[-1].get("tile") is None
+
+
 def test_all_and_none_check_every_label(playground: Playground) -> None:
     playground.use_example()
     playground.page.get_by_role("button", name="None", exact=True).click()
