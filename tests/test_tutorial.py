@@ -25,6 +25,7 @@ PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
 NAMES = ["RBC", "Platelets", "WBC"]
 PICTURES = 10
+NEW = {"photo": PICTURES, "other": PICTURES + 1}
 OUR_CODE = {"PYTHONPATH": str(ROOT)}
 COLOURS = ((60, 60, 200), (200, 60, 160), (90, 20, 90))
 FEWER = {
@@ -46,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_voc(tmp_path / "BCCD", f"cells-{index}", pixels, boxes)
         write_yolo(tmp_path / "yolo", "val" if index % 5 == 0 else "train", f"cells-{index}", pixels, boxes)
     (tmp_path / "new").mkdir()
-    for seed, name in enumerate(("photo", "other"), start=PICTURES):
+    for name, seed in NEW.items():
         cv2.imwrite(str(tmp_path / "new" / f"{name}.jpg"), draw(seed)[0])
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pretrained").symlink_to(ROOT / "model" / "pretrained")
@@ -126,10 +127,18 @@ class Walk:
 
 
 def correct_by_hand(folder: Path) -> None:
-    """What the page leaves to a person: two boxes are kept, and one of them is another class."""
+    """What the page leaves to a person: what was found is replaced by what is there."""
     content = json.loads((folder / "new-to-correct.json").read_text())
-    content["annotations"] = content["annotations"][:1] + content["annotations"][-1:]
-    content["annotations"][0]["category_id"] = content["categories"][0]["id"]
+    assert content["annotations"], "nothing was found"
+    ids = {category["name"]: category["id"] for category in content["categories"]}
+    names = {image["file_name"]: image["id"] for image in content["images"]}
+    content["annotations"] = [
+        {"image_id": names[f"{name}.jpg"], "category_id": ids[NAMES[kind]], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for name, seed in NEW.items()
+        for kind, (x1, y1, x2, y2) in draw(seed)[1]
+    ]
+    for number, annotation in enumerate(content["annotations"], start=1):
+        annotation |= {"id": number, "area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0}
     (folder / "new-corrected.json").write_text(json.dumps(content))
 
 
@@ -162,9 +171,10 @@ def assert_data_sets_are_those_that_were_drawn(folder: Path) -> None:
     splits = {name: (load_coco(folder / name, "train"), load_coco(folder / name, "val")) for name in names}
     assert [(len(train), len(val)) for train, val in splits.values()] == [(8, 2), (8, 2), (10, 2)]
     assert all(train.labels == val.labels for train, val in splits.values())
-    drawn = {f"cells-{index}": [(NAMES[kind], box) for kind, box in draw(index)[1]] for index in range(PICTURES)}
-    assert boxes_of(*splits["bccd"]) == boxes_of(*splits["from-yolo"]) == drawn
-    assert sum(len(picture.target.boxes) for picture in splits["bccd-2"][0].pictures) == 8 * 3 + 2
+    seeds = {f"cells-{index}": index for index in range(PICTURES)}
+    drawn = {name: [(NAMES[kind], box) for kind, box in draw(seed)[1]] for name, seed in (seeds | NEW).items()}
+    assert boxes_of(*splits["bccd-2"]) == drawn
+    assert boxes_of(*splits["bccd"]) == boxes_of(*splits["from-yolo"]) == {name: drawn[name] for name in seeds}
 
 
 def boxes_of(*data_sets: CocoDataSet) -> dict[str, list[tuple[str, tuple[int, ...]]]]:

@@ -239,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, side, report in zip(("ours", "torchvision's"), sides, reports, strict=True):
             speed = 1 / statistics.median(side.seconds)
             rows.append((seed, name, f"{report.ap:.3f}", f"{report.ap50:.3f}", f"{report.ap75:.3f}", f"{speed:.2f}"))
+            print(*rows[-1], file=sys.stderr)  # a run that is ended keeps what it has
     print(f"{machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}, {options.threads} threads; ")
     print(f"{config.model.describe()}; {command('tests.benchmarks.learning')}\n")
     print(table(("seed", "RetinaNet", "AP", "AP50", "AP75", "steps a second"), rows))
