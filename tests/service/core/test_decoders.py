@@ -14,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from model.formats.claim import claim_of
@@ -26,7 +25,7 @@ from service.core.job import DeadlineExceeded, Job, Options, Stopwatch
 from service.core.store import LoadedModel
 from service.drawing import draw, encode_picture
 from service.metrics import DecoderMetrics
-from tests.support.pictures import encode
+from tests.model.formats.test_bmp import bmp
 from tests.support.serving import SMALL, FakeDetector, picture, wait_until
 
 NO_CANDIDATES = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
@@ -162,8 +161,9 @@ def test_a_picture_takes_no_more_cpu_time_than_one_of_its_size_should(
     decoders: Decoders, kills: Kills, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.core.decoders.LEAST_SECONDS", 0)
-    job = job_of(encode(Image.new("RGB", (7000, 7000)), "JPEG", progressive=True))
-    job.max_pixels = 49_000_000
+    code = (b"\1\5" * 3000 + b"\0\0") * 3000 + b"\0\1"  # nine million runs: seconds for any machine
+    job = job_of(bmp(3000, 3000, 8, code, compression=1))
+    job.max_pixels = 9_000_000
     monkeypatch.setattr("service.core.decoders.SECONDS_PER_PIXEL", 0)
     with pytest.raises(InvalidImage, match="more time"):
         canvas(decoders, job)
