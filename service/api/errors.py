@@ -14,7 +14,7 @@ what came and what is allowed. Exceptions are defined where they are raised:
     ├── TooManyWindows                                                                      core.cutting
     ├── DeadlineExceeded                                                                    core.job
     └── Refusal: not now, and when to try again                                             core.refusals
-        ├── QueueFull                                                                       core.line
+        ├── QueueFull                                                                       core.refusals
         ├── MemoryFull                                                                      core.memory
         └── NotReady                                                                        core.store
 
@@ -36,9 +36,8 @@ from service.api.uploads import (
 )
 from service.core.cutting import TooManyWindows
 from service.core.job import DeadlineExceeded
-from service.core.line import QueueFull
 from service.core.memory import MemoryFull
-from service.core.refusals import Refusal
+from service.core.refusals import QueueFull, Refusal
 from service.core.store import NotReady
 from service.drawing import SideTooLong
 from service.metrics import Outcome

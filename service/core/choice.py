@@ -124,6 +124,12 @@ class Waiting:
         """Say what its next step at a decoder takes; to cut windows from a picture that is held takes nothing."""
         return 0 if job in self.cut else job.decode_bytes
 
+    def hold_picture(self, job: Job) -> None:
+        """Count the job's picture as held, or no more."""
+        self.cut.pop(job, None)
+        if job.picture is not None:
+            self.cut[job] = job.picture.nbytes
+
     def append(self, job: Job) -> None:
         """The job comes last, to be decoded."""
         job.turn = next(self.turns)

@@ -20,9 +20,9 @@ from service.core.choice import Decode, End, Run, Work
 from service.core.cutting import TooManyWindows, begin_cutting, check_windows, cut, merged
 from service.core.decoders import Decoders
 from service.core.job import Detected, Finish, Job, Options, Part, Stopwatch
-from service.core.line import Line, QueueFull
+from service.core.line import Line
 from service.core.memory import Budget, HeldBytes
-from service.core.refusals import Refusal
+from service.core.refusals import QueueFull, Refusal
 from service.core.store import LoadedModel, ModelStore, NotReady
 from service.drawing import BYTES_PER_PIXEL as DRAWING_BYTES_PER_PIXEL
 from service.metrics import Metrics

@@ -22,18 +22,10 @@ from queue import Empty, SimpleQueue
 from service.core.choice import Decode, End, Finish, Run, Step, Wait, Waiting, Work, choose
 from service.core.job import DeadlineExceeded, Job, State
 from service.core.rate import DrainRate
-from service.core.refusals import Refusal
+from service.core.refusals import QueueFull
 from service.core.store import LoadedModel
 
 MAX_RETRY_AFTER_SECONDS = 60
-
-
-class QueueFull(Refusal):
-    """No place is free, or the wait would exceed the deadline. Try again after `retry_after_seconds`."""
-
-    def __init__(self, message: str, retry_after_seconds: int) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
 
 
 @dataclass(frozen=True)
@@ -243,9 +235,7 @@ class Line:
             return
         job.state, job.parts, job.parts_left = State.READY, done.parts, len(done.parts)
         job.canvases_left = len(done.parts) + len(job.uncut)
-        self._waiting.cut.pop(job, None)
-        if job.picture is not None:
-            self._waiting.cut[job] = job.picture.nbytes
+        self._waiting.hold_picture(job)
         for part in done.parts:
             part.ready_at = self._clock()
             self._waiting.insert(part)

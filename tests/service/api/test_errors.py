@@ -15,9 +15,8 @@ from model.image import InvalidImage, TooManyPixels
 from service.api.errors import CODES, OUTCOME_OF_STATUS, PROBLEM_TYPES, Unauthorized, code_of, headers_of, problem_of
 from service.api.keys import InvalidKeys
 from service.api.schemas import Problem
-from service.core.line import QueueFull
 from service.core.memory import MemoryFull
-from service.core.refusals import Refusal
+from service.core.refusals import QueueFull, Refusal
 from service.core.store import NotReady
 from service.metrics import Outcome
 

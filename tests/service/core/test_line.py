@@ -20,7 +20,8 @@ from model.tiles import Window
 from model.types import Candidates, CanvasImage
 from service.core.choice import Decode, End, Finish, Run, Step, Wait, Work
 from service.core.job import DeadlineExceeded, Job, Options, Part, State, Stopwatch
-from service.core.line import Line, QueueFull
+from service.core.line import Line
+from service.core.refusals import QueueFull
 from service.core.store import LoadedModel, NotReady
 from tests.support.serving import FakeDetector, wait_until
 
