@@ -61,6 +61,6 @@ def watched(server: ServerProcess) -> Iterator[Watch]:
         looking.result(120)
 
 
-def ask(server: ServerProcess, image: bytes, accept: str = "application/json") -> int:
+def ask(server: ServerProcess, image: bytes, accept: str = "application/json", query: str = "") -> int:
     headers = {"Content-Type": "application/octet-stream", "Accept": accept}
-    return httpx.post(server.url + "/detect", content=image, headers=headers, timeout=120).status_code
+    return httpx.post(f"{server.url}/detect?{query}", content=image, headers=headers, timeout=120).status_code

@@ -29,17 +29,18 @@ def large(kind: str, width: int, height: int) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kinds", "width", "height", "accept"),
+    ("kinds", "width", "height", "accept", "query"),
     [
-        (("PNG", "WEBP", "GIF", "TIFF", "progressive", "JPEG"), 7000, 7000, "application/json"),
-        (("WEBP",) * 6, 7000, 7000, "application/json"),
-        (("PNG",) * 6, 1, 40_000_000, "application/json"),
-        (("PNG",) * 6, 7000, 7000, "image/jpeg"),
+        (("PNG", "WEBP", "GIF", "TIFF", "progressive", "JPEG"), 7000, 7000, "application/json", ""),
+        (("WEBP",) * 6, 7000, 7000, "application/json", ""),
+        (("PNG",) * 6, 1, 40_000_000, "application/json", ""),
+        (("PNG",) * 6, 7000, 7000, "image/jpeg", ""),
+        (("PNG", "JPEG", "WEBP") * 2, 7000, 7000, "application/json", "tile=560"),  # 256 windows
     ],
-    ids=["all kinds", "the dearest", "the longest", "drawn"],
+    ids=["all kinds", "the dearest", "the longest", "drawn", "tiled"],
 )
 def test_large_legal_pictures_stay_within_the_memory_and_keep_nobody_waiting(
-    tmp_path: Path, kinds: tuple[str, ...], width: int, height: int, accept: str
+    tmp_path: Path, kinds: tuple[str, ...], width: int, height: int, accept: str, query: str
 ) -> None:
     made = {kind: large(kind, width, height) for kind in set(kinds)}
     flags = ("--decode-threads", "2", "--threads", "1", "--request-timeout-seconds", "60")
@@ -47,7 +48,7 @@ def test_large_legal_pictures_stay_within_the_memory_and_keep_nobody_waiting(
         ask(server, picture(90, 60))  # the children have started
         rest = memory(process := psutil.Process(server.process.pid))
         with watched(server) as watch:
-            statuses = list(pool.map(lambda kind: ask(server, made[kind], accept), kinds))
+            statuses = list(pool.map(lambda kind: ask(server, made[kind], accept, query), kinds))
         assert set(statuses) <= {200, 429, 504}, statuses
         assert 200 in statuses
         assert watch.highest - rest <= Budget.of(2).total, f"{(watch.highest - rest) / 2**20:.0f} MiB"
