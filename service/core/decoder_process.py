@@ -90,8 +90,7 @@ def main(descriptor: int, memory_bytes: int) -> None:
             request = _request(header)
             _limit(resource.RLIMIT_AS, at_rest + min(request.memory_bytes, memory_bytes))
             _limit(resource.RLIMIT_CPU, ceil(process_time() + request.cpu_seconds))
-            answer, payload = respond(request, _receive(connection, request.size))
-            send(connection, answer, payload)
+            send(connection, *respond(request, _receive(connection, request.size)))  # nothing of it is kept
 
 
 def _limit(kind: int, value: int) -> None:

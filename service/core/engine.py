@@ -30,6 +30,8 @@ from service.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_SELF_TEST = 3
+PICTURE_BYTES_PER_PIXEL = 3
+"""A picture with tiles comes out of its decoder as a whole."""
 COPIES = 3
 """Times that a picture's encoded bytes are in memory while it is decoded."""
 
@@ -118,6 +120,8 @@ class Engine:
         job.max_pixels = claim.pixels_allowed(self._max_image_pixels)
         job.decode_bytes = claim.decode_bytes(self._max_image_pixels) + COPIES * len(job.data)
         job.drawing_bytes = DRAWING_BYTES_PER_PIXEL * job.max_pixels if job.draws else 0
+        if tiling is not None:
+            job.decode_bytes += PICTURE_BYTES_PER_PIXEL * job.max_pixels
         if tiling is not None and claim.size is not None:
             try:
                 job.canvases_left = 1 + check_windows(claim.size, tiling, self._max_tiles)

@@ -158,8 +158,8 @@ class Line:
         return None
 
     def _expected_wait(self) -> float:
-        """Seconds until the canvases ahead have run, by the recent rate: an empty line never refuses."""
-        return sum(job.canvases_left for job in self._jobs) * self._rate.seconds_per_canvas
+        """Seconds until the canvases ahead have run, by the recent rates: an empty line never refuses."""
+        return self._rate.seconds(len(self._jobs), sum(max(0, job.canvases_left - 1) for job in self._jobs))
 
     # Workers, seated and not.
 
@@ -248,7 +248,7 @@ class Line:
                 part.job.watch.lap("inference", ended)
         again = done.error is not None and len(done.parts) > 1 and not done.device_lost
         if not again:
-            self._rate.count(len(done.parts), self._clock())
+            self._rate.count(len(done.parts), self._clock(), done.started, 1 + len(self._waiting.runs))
         ran: deque[Job] = deque()
         for number, part in enumerate(done.parts):
             if part.job.gone:
