@@ -23,14 +23,14 @@ class LeakingUploads(uploads.Uploads):
 
     count = 0
 
-    async def receive(
-        self, headers: Headers, receive: uploads.Receive, *, max_images: int = 1
-    ) -> tuple[list[bytearray], int]:
+    async def receive_form(
+        self, form: uploads.Form[uploads.Content], max_body_bytes: int, headers: Headers, receive: uploads.Receive
+    ) -> tuple[uploads.Content, int]:
         self.count += 1
         for what in sys.argv[1].split(","):
             if self.count % (1 if what == "memory" else 100) == 0:
                 LEAKS[what]()
-        return await super().receive(headers, receive, max_images=max_images)
+        return await super().receive_form(form, max_body_bytes, headers, receive)
 
 
 if __name__ == "__main__":
