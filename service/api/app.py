@@ -14,7 +14,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from service.api.detection import Detection
@@ -151,11 +151,19 @@ def _add_errors(api: FastAPI) -> None:
         codes = (code for code, kind in PROBLEM_TYPES.items() if kind.status == error.status_code)
         detail = f"{request.method} {request.url.path}"
         body = problem(next(codes, "malformed_request"), detail, context_of(request.scope).request_id)
-        return response_of(body, request.scope, error.headers)
+        allow = {"Allow": _methods_of(api, request)} if error.status_code == 405 else {}
+        return response_of(body, request.scope, {**(error.headers or {}), **allow})
 
     for kind in (*CODES, Exception):  # FastAPI raises the last on, for Observe to log
         api.add_exception_handler(kind, known)
     api.add_exception_handler(HTTPException, by_framework)
+
+
+def _methods_of(api: FastAPI, request: Request) -> str:
+    """List what the path takes, where several routes share it."""
+    routes = [route for route in api.routes if isinstance(route, Route)]
+    found = (route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for methods in found for method in methods}))
 
 
 def _make_series(metrics: HttpMetrics, routes: list[Route], *, keyed: bool, cross_origin: bool) -> None:

@@ -87,7 +87,7 @@ class Detection:
         asked = options(query, service.settings, model)
         images, size = await service.uploads.receive(request.headers, request.receive, max_images=max_images, json=json)
         if json is not None and json.parameters:
-            asked = options(with_parameters(query, json.parameters), service.settings, model)
+            asked = options(with_parameters(query, json.parameters, strict=True), service.settings, model)
         return await self.run(request, images, size, model, asked, finish, draws=draws)
 
     async def run(

@@ -16,7 +16,7 @@ from service.api.paths import HUGGING_FACE
 from service.api.replies import as_list
 from service.api.uploads import JsonImage, MalformedRequest
 
-INPUTS, PARAMETERS, THRESHOLD = "inputs", "parameters", "threshold"
+INPUTS, PARAMETERS, THRESHOLD, OURS = "inputs", "parameters", "threshold", "score_threshold"
 
 
 @dataclass
@@ -30,8 +30,11 @@ class InputsJson(JsonImage):
             return
         if not isinstance(parameters, dict):
             raise MalformedRequest(f"{PARAMETERS!r} is not an object")
-        if THRESHOLD in parameters:
-            parameters["score_threshold"] = parameters.pop(THRESHOLD)
+        threshold = parameters.pop(THRESHOLD, None)
+        if threshold is not None:
+            if parameters.get(OURS) is not None:
+                raise MalformedRequest(f"{THRESHOLD!r} and {OURS!r} are two names of one thing: send one of them")
+            parameters[OURS] = threshold
         if isinstance(parameters.get("label"), str):
             parameters["label"] = [parameters["label"]]
         self.parameters = parameters

@@ -36,11 +36,22 @@ HUGGING_FACE_JSON = {
     "additionalProperties": False,
     "properties": {
         INPUTS: {"type": "string", "format": "byte"},
-        PARAMETERS: {"type": "object", "additionalProperties": False, "properties": HUGGING_FACE_PARAMETERS},
+        PARAMETERS: {"type": ["object", "null"], "additionalProperties": False, "properties": HUGGING_FACE_PARAMETERS},
     },
     "example": {INPUTS: ONE_PIXEL_PNG, PARAMETERS: {THRESHOLD: 0.5}},
 }
 
+INDEX = {
+    "text/html": {"type": "string"},
+    "application/json": {
+        "type": "object",
+        "required": ["name", "links"],
+        "properties": {
+            "name": {"type": "string"},
+            "links": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    },
+}
 EVERYWHERE = ("unauthorized", "uri_too_long", "headers_too_large", "internal_error")
 UPLOAD = (
     "malformed_request", "upload_timeout", "body_too_large", "unsupported_media_type", "invalid_parameter",
@@ -147,6 +158,17 @@ DETECTION = {
         },
         answer={"application/json": {"type": "array", "items": _ref("Detection")}},
         codes=ONE_IMAGE,
-    ),
+    )
+    | {
+        "get": {
+            "summary": "The playground",
+            "description": "A page to try the detector by hand; as JSON the service's name and links.",
+            "operationId": "playground_get",
+            "responses": {
+                "200": {"description": "Successful Response", "content": _content(INDEX)},
+                **{str(status): problem for status, problem in problems(*EVERYWHERE).items()},
+            },
+        }
+    },
 }
 """The paths of the document that detect."""

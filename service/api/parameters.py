@@ -52,14 +52,17 @@ def read_query(parameters: QueryParams) -> DetectQuery:
     return _checked(values)
 
 
-def with_parameters(query: DetectQuery, parameters: Mapping[str, Any]) -> DetectQuery:
-    """Complete the query with what the body says, which wins. InvalidParameter: mend the body."""
-    return _checked(query.model_dump(exclude_unset=True) | dict(parameters))
+def with_parameters(query: DetectQuery, parameters: Mapping[str, Any], *, strict: bool = False) -> DetectQuery:
+    """Complete the query with what the body says, which wins. InvalidParameter: mend the body.
+
+    strict  a number as text is none
+    """
+    return _checked(query.model_dump(exclude_unset=True) | dict(parameters), strict=strict)
 
 
-def _checked(values: Mapping[str, Any]) -> DetectQuery:
+def _checked(values: Mapping[str, Any], *, strict: bool = False) -> DetectQuery:
     try:
-        return DetectQuery.model_validate(values)
+        return DetectQuery.model_validate(values, strict=strict)
     except ValidationError as error:
         raise InvalidParameter("; ".join(map(_explain, error.errors()))) from error
 

@@ -220,7 +220,7 @@ def test_no_request_that_schemathesis_makes_of_the_openapi_document_gets_what_th
         finished = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=280, check=False)
         scrape = Scrape(server.url)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "Operations:       6 selected / 6 total" in finished.stdout
+    assert "Operations:       8 selected / 8 total" in finished.stdout
     assert scrape("retinaserve_requests_total", outcome="error") == 0
     assert scrape("retinaserve_requests_total", outcome="ok") > 0
     assert scrape("retinaserve_requests_total", outcome="invalid") > 100

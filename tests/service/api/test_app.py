@@ -41,3 +41,9 @@ def test_head_is_answered_where_get_is(server: Serving, path: str) -> None:
 
 def test_head_is_no_way_to_detect(server: Serving) -> None:
     assert server.client.head("/detect").status_code == 405
+
+
+@pytest.mark.parametrize(("path", "methods"), [("/", "GET, HEAD, POST"), ("/detect", "POST"), ("/model", "GET, HEAD")])
+def test_who_asks_with_another_method_is_told_all_that_the_path_takes(server: Serving, path: str, methods: str) -> None:
+    refused = server.client.put(path)
+    assert (refused.status_code, refused.headers["allow"]) == (405, methods)
