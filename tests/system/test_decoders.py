@@ -78,7 +78,7 @@ def test_after_a_504_nothing_of_it_runs_on(tmp_path: Path) -> None:
         ask(server, picture(90, 60, kind="PNG"))  # the new child has started
         before = cpu_seconds()
         time.sleep(1)
-        assert cpu_seconds() - before < 0.2
+        assert cpu_seconds() - before < 0.7, "a decode that runs on takes all of the second"
 
 
 @pytest.mark.slow
