@@ -243,12 +243,14 @@ def _decode_or_draw(waiting: Waiting) -> Job | None:
 def _first_that_fits(waiting: Waiting, due: Iterable[Job], taken: Sequence[float]) -> Job | None:
     """The first, unless memory is short. While one large picture holds most of it, smaller ones pass those that must
     wait for it; else nobody passes who needs some, so that a large one gets its turn."""
-    held, limit, passing = [*taken, *waiting.cut.values()], waiting.max_decode_bytes, True
+    held, limit = [*taken, *waiting.cut.values()], waiting.max_decode_bytes
+    left = limit - sum(held) if held else inf
+    others_pass, passing = max(held, default=0) > limit / 2, True
     for job in due:
         needed = waiting.needed_bytes(job)
-        if not needed or (passing and (not held or sum(held) + needed <= limit)):
+        if not needed or (passing and needed <= left):
             return job
-        passing = max(held, default=0) > limit / 2
+        passing = others_pass
     return None
 
 

@@ -122,9 +122,8 @@ class Engine:
         job.drawing_bytes = DRAWING_BYTES_PER_PIXEL * job.max_pixels if job.draws else 0
         if tiling is not None:
             job.decode_bytes += PICTURE_BYTES_PER_PIXEL * job.max_pixels
-        if tiling is not None and claim.size is not None:
             try:
-                job.canvases_left = 1 + check_windows(claim.size, tiling, self._max_tiles)
+                job.canvases_left = 1 + (check_windows(claim.size, tiling, self._max_tiles) if claim.size else 0)
             except TooManyWindows as error:
                 job.future.set_exception(error)
                 return
