@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.service [--seconds N] [--rounds N]
     RETINASERVE_RUNS_AT_ONCE=1 python -m tests.benchmarks.service
+    python -m tests.benchmarks.service --beside CHECKOUT    # with another checkout's service in place of the bare one
 
 Prints markdown tables. Clients run in this process, servers in their own; nothing else should run on the machine. The
 two services take turns, so that a machine that grows slower does so for both; what is compared are the two
@@ -229,7 +230,13 @@ def measure(contender: Contender, kind: str, clients: int, seconds: float) -> La
     return measured
 
 
-def compare(ours: Contender, bare: Contender, seconds: float, rounds: int) -> str:
+def service_of(checkout: Path) -> Sequence[str]:
+    """What Python runs as that checkout's service: its children, too, then take its code."""
+    run = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    return "-c", run, str(checkout.resolve()), "-m", "service"
+
+
+def compare(ours: Contender, bare: Contender, other: str, seconds: float, rounds: int) -> str:
     """Both services in turns."""
     taken: dict[tuple[str, int], tuple[list[Latencies], list[Latencies]]] = {case: ([], []) for case in CASES}
     for number in range(rounds):
@@ -238,8 +245,8 @@ def compare(ours: Contender, bare: Contender, seconds: float, rounds: int) -> st
             for contender, measured in turns if number % 2 else turns[::-1]:
                 measured.append(measure(contender, kind, clients, seconds))
     head = (
-        "| picture | clients | service, images/s | bare | ratio | lowest to highest | reach | service, p99 ms | bare "
-        "| service, CPU ms an image | bare |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+        f"| picture | clients | service, images/s | {other} | ratio | lowest to highest | reach | service, p99 ms "
+        f"| {other} | service, CPU ms an image | {other} |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     return "\n".join([head, *(comparison(*case, *both) for case, both in taken.items())])
 
@@ -365,6 +372,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement [10]")
     parser.add_argument("--rounds", type=int, default=5, help="of both, in turns [5]")
+    parser.add_argument(
+        "--beside", type=Path, metavar="CHECKOUT", help="compare with its service, and leave overload out"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -376,9 +386,15 @@ def main() -> None:
             flush=True,
         )
         roomy = ("--queue-capacity", str(max(CLIENTS)))
-        with server_process(folder, *roomy, model_path=model) as ours, bare_process(model) as bare:
+        with server_process(folder, *roomy, model_path=model) as ours, contextlib.ExitStack() as stack:
             contender = Contender(ours.url, ours.process.pid)
-            print(compare(contender, bare, given.seconds, given.rounds), end="\n\n", flush=True)
+            if given.beside:
+                program = service_of(given.beside)
+                that = stack.enter_context(server_process(folder, *roomy, model_path=model, program=program))
+                print(compare(contender, Contender(that.url, that.process.pid), "that", given.seconds, given.rounds))
+                return
+            bare = stack.enter_context(bare_process(model))
+            print(compare(contender, bare, "bare", given.seconds, given.rounds), end="\n\n", flush=True)
         print(overload_table(folder, model, given.seconds, given.rounds))
 
 
