@@ -193,8 +193,11 @@ class Settings(BaseSettings):
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
+    program = PROGRAM
+    """The name that its errors begin with."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, error_line(PROGRAM, message, os.environ.get(f"{ENV_PREFIX}LOG_FORMAT", "auto")))
+        self.exit(2, error_line(self.program, message, os.environ.get(f"{ENV_PREFIX}LOG_FORMAT", "auto")))
 
 
 def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(Settings.model_fields)) -> None:

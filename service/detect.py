@@ -132,7 +132,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collect
         if path.is_dir():
             before = len(images)
             for file in sorted(each for each in path.rglob("*") if each.is_file()):
-                if (kind := _other_kind(file)) is None:
+                if (kind := other_kind(file)) is None:
                     images.append((file, file.relative_to(path)))
                 else:
                     left_out[kind] += 1
@@ -145,7 +145,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collect
     return images, left_out
 
 
-def _other_kind(file: Path) -> str | None:
+def other_kind(file: Path) -> str | None:
     """Name a file that neither ends nor begins like an image; None: it does."""
     if file.suffix.lower() in SUFFIXES:
         return None
@@ -204,12 +204,21 @@ def read_image(path: Path, settings: Settings) -> bytes:
     """The file's bytes. InvalidImage: it is no regular file, or larger than any picture of the allowed pixels."""
     if not path.is_file():
         raise InvalidImage("it is no regular file")
-    max_bytes = settings.max_image_pixels * MAX_BYTES_PER_PIXEL + MAX_OTHER_BYTES
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise InvalidImage(f"it has more than {max_bytes} bytes, which no picture needs that is allowed")
+        data = file.read(max_file_bytes(settings) + 1)
+    refuse_giant(len(data), settings)
     return data
+
+
+def max_file_bytes(settings: Settings) -> int:
+    """The most bytes that a picture of the allowed pixels has."""
+    return settings.max_image_pixels * MAX_BYTES_PER_PIXEL + MAX_OTHER_BYTES
+
+
+def refuse_giant(num_bytes: int, settings: Settings) -> None:
+    """InvalidImage: a file of so many bytes is larger than any picture of the allowed pixels."""
+    if num_bytes > (most := max_file_bytes(settings)):
+        raise InvalidImage(f"it has more than {most} bytes, which no picture needs that is allowed")
 
 
 def image_id_of(path: Path) -> int | str:
@@ -228,14 +237,14 @@ def _write_drawing(path: Path, pixels: Pixels, detections: Detections, detector:
 
 
 def _write_results(results: list[dict[str, Any]], path: Path | None) -> None:
-    text = json.dumps([_rounded(result) for result in results]) + "\n"
+    text = json.dumps([rounded(result) for result in results]) + "\n"
     if path is None:
         sys.stdout.write(text)
     else:
         _write(path, text.encode())
 
 
-def _rounded(result: dict[str, Any]) -> dict[str, Any]:
+def rounded(result: dict[str, Any]) -> dict[str, Any]:
     """For people's files: boxes to a thousandth of a pixel, scores to six digits."""
     return result | {"bbox": [round(side, 3) for side in result["bbox"]], "score": round(result["score"], 6)}
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torchvision.models.detection import retinanet_resnet50_fpn_v2
 
+from cluster.__main__ import main as cluster
 from model.detector import Detector
 from service import detect
 from service.__main__ import build_service
@@ -91,7 +92,7 @@ def test_flags_that_stand_alone_are_those_of_a_command(page: str) -> None:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    yield from [("service", ""), ("service", "detect")]
+    yield from [("service", ""), ("service", "detect"), ("cluster", "detect"), ("cluster", "coco")]
     yield from (("training", command) for command in COMMANDS)
     for path in BENCHMARKS.rglob("*.py"):
         if "argparse" in path.read_text():
@@ -105,6 +106,8 @@ def flags_of(module: str, word: str) -> set[str]:
         return set(
             FLAG.findall(help_of(lambda: detect.main(["--help"]) if word == "detect" else parse_settings(["--help"])))
         )
+    if module == "cluster":
+        return set(FLAG.findall(help_of(lambda: cluster([word, "--help"] if word else ["--help"]))))
     if module == "training":
         assert word in COMMANDS or not word
         return set(FLAG.findall(help_of(lambda: training([word, "--help"] if word else ["--help"]))))

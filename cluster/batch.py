@@ -1,0 +1,243 @@
+"""Detection over any number of pictures by Ray Data: paths in, rows of `cluster.results` out.
+
+paths --blocks--> Worker, one actor for each core or GPU: read, decode, detect --rows--> this process --Parquet--> DEST
+
+This process alone writes, so the rows in DEST are the checkpoint; Ray's own (`CheckpointConfig`, beta) keeps a second
+record, which a kill can part from the rows. Workers read the files themselves, bounded, instead of Ray's readers: a
+file that cannot be read then costs its own row and not the job, no picture crosses the object store, and nothing but
+the workers asks for CPUs, so that the job runs on one. A worker that dies is replaced, and its block done again.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime
+import pyarrow as pa
+import ray
+import ray.data
+from pyarrow import compute
+from ray.data import ActorPoolStrategy, DataContext
+from tqdm import tqdm
+
+from cluster.pictures import Pictures, shown
+from cluster.results import SCHEMA, Results
+from model.detector import Detector, InferenceFailed, available_cores
+from model.image import decode_image
+from model.tiles import Tiling
+from model.types import Pixels
+from service.config import Settings
+from service.detect import FORESEEN
+from service.logs import printable
+
+READ_AHEAD = {"cpu": 2, "cuda": 8}
+"""Pictures that are read and decoded while one is on the device."""
+MIN_BLOCK, MAX_BLOCKS, BLOCKS_PER_WORKER = 16, 10_000, 8
+"""Paths that a worker takes at once: few, so that all end together and little is lost; not so few that the blocks of
+millions burden Ray."""
+MAX_ROWS_PER_FILE = 20_000
+LOG_SECONDS = 60
+"""Seconds between two lines of progress in a log."""
+TASK_RETRIES = 3
+"""Times that a block which its worker did not survive is tried again."""
+BLOCK_SCHEMA = SCHEMA.append(pa.field("unread", pa.string()))
+"""`unread`: why a picture has no row this time; it is tried again when the job is started again."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The workers of a job, and what each asks Ray for."""
+
+    device: str
+    workers: int
+    needs: Mapping[str, float]
+
+    @property
+    def logical(self) -> dict[str, float]:
+        """`map_batches`' arguments."""
+        return {f"num_{name.lower()}s": count for name, count in self.needs.items()}
+
+
+class Worker:
+    """An actor: a detector, and threads that read and decode ahead of it."""
+
+    def __init__(self, pictures: Pictures, settings: Settings, tiling: Tiling | None, sha256: str) -> None:
+        """`settings.device` is cpu or cuda. InvalidModel: this machine's file is another one; DeviceUnavailable."""
+        self._pictures, self._settings, self._tiling = pictures, settings, tiling
+        self._detector = Detector(
+            settings.model_file,
+            device=settings.device,
+            threads=settings.threads,
+            gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+            sha256=sha256,
+        )
+        self._names = {label.class_id: label.label for label in self._detector.metadata.labels}
+        self._ahead = READ_AHEAD[settings.device]
+        self._readers = ThreadPoolExecutor(self._ahead)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Paths in, BLOCK_SCHEMA out. InferenceFailed: the device is lost, and every other picture would fail."""
+        paths = [os.fsdecode(path) for path in block["path"].to_pylist()]
+        return pa.Table.from_pylist([self._row(*loading) for loading in self._loading(paths)], BLOCK_SCHEMA)
+
+    def _loading(self, paths: Sequence[str]) -> Iterator[tuple[str, Future[Pixels]]]:
+        waiting: deque[tuple[str, Future[Pixels]]] = deque()
+        for path in paths:
+            waiting.append((path, self._readers.submit(self._load, path)))
+            if len(waiting) > self._ahead:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _load(self, path: str) -> Pixels:
+        data = self._pictures.read(path, self._settings)
+        return decode_image(data, max_pixels=self._settings.max_image_pixels)
+
+    def _row(self, path: str, loading: Future[Pixels]) -> dict[str, Any]:
+        row: dict[str, Any] = {"path": shown(path), "model_sha256": self._detector.sha256, "detections": []}
+        try:
+            pixels = loading.result()
+            row["height"], row["width"], _ = pixels.shape
+            row["detections"] = self._detections(pixels)
+        except Exception as error:  # the boundary of one picture, as in `service detect`
+            if isinstance(error, InferenceFailed) and error.kind == "cuda":
+                raise
+            row["unread" if passes(error) else "error"] = str(error) if isinstance(error, FORESEEN) else repr(error)
+        return row
+
+    def _detections(self, pixels: Pixels) -> list[dict[str, Any]]:
+        found = self._detector.detect(
+            pixels,
+            score_threshold=self._settings.score_threshold,
+            nms_threshold=self._settings.nms_threshold,
+            max_detections=self._settings.max_detections,
+            tiling=self._tiling,
+        )
+        sides = ("xmin", "ymin", "xmax", "ymax")
+        return [
+            {"label": self._names[label], "class_id": label, "score": score, **dict(zip(sides, box, strict=True))}
+            for label, score, box in zip(found.labels.tolist(), found.scores, found.boxes, strict=True)
+        ]
+
+
+def passes(error: Exception) -> bool:
+    """Tell whether the same picture may do another time: the network, a right, memory failed, not the picture."""
+    return isinstance(error, OSError | MemoryError) or (isinstance(error, InferenceFailed) and error.kind == "oom")
+
+
+def recipe(settings: Settings, tiling: Tiling | None) -> dict[str, Any]:
+    """All that rows depend on, with the model file's own thresholds where none are set. InvalidModel."""
+    detector = Detector(settings.model_file, device="cpu", threads=1)
+    options = ("score_threshold", "nms_threshold", "max_detections")
+    given = {name: getattr(settings, name) for name in options}
+    return {
+        "model_sha256": detector.sha256,
+        **{name: getattr(detector.metadata, name) if value is None else value for name, value in given.items()},
+        "max_image_pixels": settings.max_image_pixels,
+        "tile": None if tiling is None else tiling.size,
+        "overlap": None if tiling is None else tiling.overlap,
+    }
+
+
+def connect(address: str | None, workers: int | None, threads: int) -> None:
+    """Join the cluster there; None: start one on this machine, of as many logical CPUs as the workers ask for.
+
+    ConnectionError: there is no cluster.
+    """
+    if address is not None:
+        ray.init(address=address, logging_level="WARNING")
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
+    cpus = max(available_cores(), (workers or 1) * threads)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING")
+
+
+def pool_for(device: str, workers: int | None, threads: int, resources: Mapping[str, float]) -> Pool:
+    """Choose the workers for a cluster. ValueError: it has too few CPUs or GPUs for them."""
+    with_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "auto":
+        device = "cuda" if with_cuda and resources.get("GPU") else "cpu"
+    needs: dict[str, float] = {"GPU": 1} if device == "cuda" else {"CPU": threads}
+    [(name, each)] = needs.items()
+    has = resources.get(name, 0)
+    if has < each * (workers or 1):
+        raise ValueError(
+            f"the cluster has {has:g} {name}s, and {workers or 1} workers of {each:g} need {each * (workers or 1):g}"
+        )
+    return Pool(device, workers or int(has // each), needs)
+
+
+def blocks(paths: Sequence[str], workers: int) -> list[pa.Table]:
+    """Share the paths out."""
+    size = max(1, min(-(-len(paths) // (BLOCKS_PER_WORKER * workers)), max(MIN_BLOCK, len(paths) // MAX_BLOCKS)))
+    parts = (paths[start : start + size] for start in range(0, len(paths), size))
+    return [pa.table({"path": pa.array([os.fsencode(path) for path in part], pa.binary())}) for part in parts]
+
+
+def detected(paths: Sequence[str], pool: Pool, *arguments: object) -> Iterator[pa.Table]:
+    """Yield the rows of all paths, a block at a time, in the order in which they are done. `arguments`: a Worker's.
+
+    RayError, or the worker's own exception: the job cannot go on.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    shares = blocks(paths, pool.workers)
+    done = ray.data.from_arrow(shares).map_batches(
+        Worker,
+        fn_constructor_args=arguments,
+        batch_size=len(shares[0]),
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=pool.workers),
+        max_task_retries=TASK_RETRIES,
+        **pool.logical,
+    )
+    yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def detect(
+    pictures: Pictures, results: Results, settings: Settings, tiling: Tiling | None, *,
+    address: str | None, workers: int | None, write_every_seconds: float,
+) -> int:  # fmt: skip
+    """Give each picture a row that has none yet; return how many could not be read, in this run and before.
+
+    ValueError, OSError, InvalidModel: it cannot be done as asked. RayError: it cannot go on; what is written stays.
+    """
+    paths, made_with = pictures.paths(), recipe(settings, tiling)
+    with results.taken(made_with):
+        done, failed = results.done()
+        missing = [path for path in paths if shown(path) not in done]
+        if not missing:
+            return failed
+        threads = settings.threads or 1
+        connect(address, workers, threads)
+        try:
+            pool = pool_for(settings.device, workers, threads, ray.cluster_resources())
+            model = settings.model_file.absolute()
+            settings = settings.model_copy(update={"device": pool.device, "threads": threads, "model": model})
+            rows = detected(missing, pool, pictures, settings, tiling, made_with["model_sha256"])
+            pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+            with tqdm(total=len(paths), initial=len(paths) - len(missing), unit="image", mininterval=pause) as progress:
+                return failed + write_all(rows, results, progress, write_every_seconds)
+        finally:
+            ray.shutdown()
+
+
+def write_all(rows: Iterable[pa.Table], results: Results, progress: "tqdm[Any]", write_every_seconds: float) -> int:
+    """Write the rows as they come, a file every so often; return how many pictures could not be read."""
+    waiting, written, failed = [SCHEMA.empty_table()], time.monotonic(), 0
+    try:
+        for block in rows:
+            for row in block.filter(compute.is_valid(block["unread"])).to_pylist():
+                progress.write(printable(f"{row['path']}: {row['unread']}"), file=sys.stderr)
+            waiting.append(block.filter(compute.is_null(block["unread"])).select(SCHEMA.names))
+            failed += len(block) - waiting[-1]["error"].null_count
+            progress.update(len(block))
+            if time.monotonic() - written >= write_every_seconds or sum(map(len, waiting)) >= MAX_ROWS_PER_FILE:
+                results.add(pa.concat_tables(waiting))
+                waiting, written = [SCHEMA.empty_table()], time.monotonic()
+    finally:
+        results.add(pa.concat_tables(waiting))
+    return failed
