@@ -8,7 +8,7 @@ COCO := models
 COCO_WEIGHTS := coco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install check lint fast-test test test-foreign test-slow coverage format docs coco client demo-model ablations article bench docker-test docker-requirements clean
+.PHONY: serve install check lint fast-test test test-foreign test-slow coverage format docs reliability sbom audit coco client demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see docs/benchmarks.md
@@ -95,6 +95,26 @@ bench: install ## the benchmarks that docs/benchmarks.md holds; nothing else sho
 	$(BIN)/python -m tests.benchmarks.scale
 	$(BIN)/python -m tests.benchmarks.compare
 	$(BIN)/python -m tests.benchmarks.compare --resnet50 --clients 1 8 --requests 20 --rounds 2
+
+reliability: install ## every gate of docs/reliability.md at full length, then each against a build with a fault: hours; stop and start it as you like
+	$(BIN)/python -m tests.reliability
+	$(BIN)/python -m tests.reliability --control
+
+AUDIT := .venv-audit
+
+sbom: $(AUDIT)/.installed ## bills of material of the images, CycloneDX, in build/
+	mkdir -p build
+	for runtime in cpu gpu; do $(AUDIT)/bin/cyclonedx-py requirements docker/requirements-$$runtime.txt --pyproject pyproject.toml \
+	  --output-reproducible --output-file build/sbom-$$runtime.json || exit 1; done
+
+audit: $(AUDIT)/.installed ## known vulnerabilities of what the images and a contributor install; asks PyPI, and fails where that has no answer
+	for list in constraints.txt docker/requirements-cpu.txt docker/requirements-gpu.txt; do \
+	  $(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement $$list || exit 1; done
+
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv --clear $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
 
 client: install ## the Python client's wheel and sdist, in client/dist
 	$(PIP) build

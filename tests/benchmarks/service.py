@@ -275,7 +275,7 @@ def comparison(kind: str, clients: int, ours: Sequence[Latencies], bare: Sequenc
 
 @dataclass(frozen=True)
 class Overload:
-    """One round at twice the rate that as many clients as places get."""
+    """One round at a multiple of the rate that as many clients as places get."""
 
     capacity: float
     """Images/s, the mean of before and after."""
@@ -293,8 +293,8 @@ class Overload:
         return QUEUE_CAPACITY / self.capacity * 1000
 
 
-def overload(url: str, seconds: float, rounds: int) -> list[Overload]:
-    """Capacity and overload in turns."""
+def overload(url: str, seconds: float, rounds: int, times: float = OVERLOAD) -> list[Overload]:
+    """Capacity, and so many times as much, in turns."""
     assert ask(url, "/readyz", method="GET").status == 200
 
     def capacity() -> float:
@@ -302,7 +302,7 @@ def overload(url: str, seconds: float, rounds: int) -> list[Overload]:
 
     before, taken = capacity(), list[Overload]()
     for _ in range(rounds):
-        measured, probes = uvloop.run(open_loop(url, OVERLOAD * before, seconds))
+        measured, probes = uvloop.run(open_loop(url, times * before, seconds))
         after = capacity()
         taken.append(Overload((before + after) / 2, measured, probes))
         before = after

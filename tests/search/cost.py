@@ -5,6 +5,7 @@ A process decodes as the service's children do, under the same limits, and measu
 
 import ctypes
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -15,11 +16,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
-from model.formats.claim import claim_of
 from model.image import InvalidImage, decode_image, decode_soon, to_canvas
 from model.metadata import ResizePolicy
+from service.core import engine
 from service.core.decoders import LEAST_BYTES, LEAST_SECONDS, SECONDS_PER_PIXEL
 from service.core.engine import COPIES
+from tests.support.serving import FAULT
 
 CLAIM_SECONDS = 0.1
 """Time that reading a claim may take from the event loop."""
@@ -74,11 +76,15 @@ class Meter:
 
 
 def _measure(connection: Connection, max_pixels: int) -> None:
+    if FAULT in os.environ:
+        from tests.support.faulty_service import put_in
+
+        put_in(os.environ[FAULT])
     at_rest = _status("VmSize")
     while True:
         data = connection.recv_bytes()
         started = time.thread_time()
-        claim = claim_of(bytearray(data))
+        claim = engine.claim_of(bytearray(data))
         claim_seconds = time.thread_time() - started
         pixels = claim.pixels_allowed(max_pixels)
         planned = claim.decode_bytes(max_pixels) + COPIES * len(data)

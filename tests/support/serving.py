@@ -38,6 +38,8 @@ from service.metrics import DecoderMetrics
 from tests.support.tiny_model import write_tiny_model
 
 PNG = {"Content-Type": "image/png"}
+FAULT = "RELIABILITY_FAULT"
+"""In the environment: servers of tests are builds with this fault of `tests.support.faulty_service`."""
 START_SECONDS = 60
 """On a machine that others keep busy; a quiet one needs two."""
 SMALL = ResizePolicy(shorter_side=64, longest_side=128, divisor=32)
@@ -218,6 +220,12 @@ def detect(server: Serving | ServerProcess, **request: object) -> httpx.Response
     return server.client.post("/detect", **request)  # type: ignore[arg-type]
 
 
+def build() -> Sequence[str]:
+    """The service, or the build with the fault that the environment names."""
+    fault = os.environ.get(FAULT)
+    return ("-m", "tests.support.faulty_service", fault) if fault else ("-m", "service")
+
+
 @contextlib.contextmanager
 def server_process(
     folder: Path,
@@ -225,7 +233,7 @@ def server_process(
     model_path: Path | None = None,
     ready: bool = True,
     environment: dict[str, str] | None = None,
-    program: Sequence[str] = ("-m", "service"),
+    program: Sequence[str] | None = None,
 ) -> Iterator[ServerProcess]:
     """`python -m service` on a free port, on a tiny model unless another is given. Killed at the end."""
     if model_path is None:
@@ -234,7 +242,7 @@ def server_process(
     log_path = Path(tempfile.mkstemp(".log", dir=folder)[1])
     command = [
         sys.executable,
-        *program,
+        *(program or build()),
         "--model",
         str(model_path),
         "--port",

@@ -1,6 +1,7 @@
 """Files of known attacks on decoders, twice each, beside a good client: it and the probe notice little, memory stays
 within the budget, and the service is well afterwards."""
 
+import contextlib
 import struct
 import tempfile
 import zlib
@@ -78,8 +79,14 @@ ATTACKS: Mapping[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
+    with tempfile.TemporaryDirectory() as folder, attacked(Path(folder)) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def attacked(folder: Path) -> Iterator[ServerProcess]:
     flags = ("--decode-threads", "2", "--threads", "1", "--request-timeout-seconds", "30")
-    with tempfile.TemporaryDirectory() as folder, server_process(Path(folder), *flags) as running:
+    with server_process(folder, *flags) as running:
         ask(running, picture(90, 60))  # the children have started
         yield running
 

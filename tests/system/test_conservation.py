@@ -157,19 +157,26 @@ def logged(server: ServerProcess) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_whatever_clients_do_each_request_is_counted_once_by_what_became_of_it(tmp_path: Path) -> None:
-    model = tmp_path / "model.fifo"
+    counts = storm(tmp_path)
+    assert set(counts) >= {"ok", "overloaded", "invalid", "too_large", "unsupported", "timeout", "unavailable"}, counts
+    assert counts[CANCELLED] == 3 * 16
+
+
+def storm(folder: Path, seconds: float = 0, seed: int = 0) -> dict[str, int]:
+    """Have a crowd of every kind of client ask, for so long at least, and compare the books. Returns the clients'."""
+    model = folder / "model.fifo"
     os.mkfifo(model)
-    write_slow_model(tmp_path / "slow.onnx", multiplications=6)
+    write_slow_model(folder / "slow.onnx", multiplications=6)
     flags = (
         "--queue-capacity", "24", "--request-timeout-seconds", "1", "--upload-timeout-seconds", "3",
         "--max-image-bytes", "100000", "--threads", "1", "--model-poll-seconds", "0",
     )  # fmt: skip
-    with server_process(tmp_path, *flags, model_path=model, ready=False) as server, ThreadPoolExecutor(64) as pool:
-        clients = Clients(server.url)
+    with server_process(folder, *flags, model_path=model, ready=False) as server, ThreadPoolExecutor(64) as pool:
+        clients, end = Clients(server.url), time.monotonic() + seconds
 
         # The loader waits for the other end of the pipe: not ready.
         assert {pool.submit(clients.good).result().status for _ in range(5)} == {503}
-        model.write_bytes((tmp_path / "slow.onnx").read_bytes())
+        model.write_bytes((folder / "slow.onnx").read_bytes())
         wait_until(lambda: ask(server.url, "/readyz", method="GET").status == 200, 60)
 
         # Nothing is known of the model's speed yet, so a burst is admitted, and is late or served.
@@ -188,14 +195,14 @@ def test_whatever_clients_do_each_request_is_counted_once_by_what_became_of_it(t
         kinds = [clients.good] * 12 + [clients.leaves_while_waiting] * 6 + [clients.leaves_while_sending] * 3
         kinds += [clients.batch, clients.no_image, clients.bad_option, clients.too_large, clients.wrong_type] * 2
         kinds += [clients.tensors] * 6 + [clients.wrong_model, clients.too_slow]
-        random.Random(0).shuffle(kinds)
+        random.Random(seed).shuffle(kinds)
         list(pool.map(lambda call: call(), kinds * 16))
+        while time.monotonic() < end:
+            list(pool.map(lambda call: call(), kinds))
 
         wait_until(lambda: Scrape(server.url)("retinaserve_queue_depth") == 0)
         assert_books_agree(server, clients.ledger)
-    counts = clients.ledger.counts()
-    assert set(counts) >= {"ok", "overloaded", "invalid", "too_large", "unsupported", "timeout", "unavailable"}, counts
-    assert counts[CANCELLED] == 3 * 16
+    return clients.ledger.counts()
 
 
 @pytest.mark.slow

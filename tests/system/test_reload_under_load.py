@@ -4,6 +4,7 @@ The two give every picture other boxes and scores, and the one label name that t
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import signal
@@ -17,7 +18,8 @@ import pytest
 from model.detector import Detector
 from model.image import decode_image
 from model.metadata import Label
-from tests.support.load import PNG, Scrape, agree, ask, blocks, constantly
+from tests.support.load import PNG, Scrape, address, agree, ask, blocks, constantly
+from tests.support.replicas import REPLICAS, proxy
 from tests.support.serving import ServerProcess, server_process, wait_until
 from tests.support.tiny_model import write_tiny_model
 
@@ -104,14 +106,20 @@ def serving_now(server: ServerProcess) -> str:
 
 @pytest.mark.parametrize("noticed_by", ["signal", "polling"])
 def test_swaps_and_bad_files_under_load_lose_no_request_and_mix_no_answer(tmp_path: Path, noticed_by: str) -> None:
-    models = Models({name: tmp_path / f"{name}.onnx" for name in LABELS})
-    bad_files = write_bad_files(tmp_path, models.paths["even"])
+    answered = swap_under_load(tmp_path, SWAPS, noticed_by)
+    assert min(collections.Counter(answered).values()) >= SWAPS // 2
+
+
+def swap_under_load(folder: Path, swaps: int, noticed_by: str, *, behind_proxy: bool = False) -> list[str]:
+    """Swap the model of a server, or of two behind a proxy; the model of each answer, all of them right."""
+    models = Models({name: folder / f"{name}.onnx" for name in LABELS})
+    bad_files = write_bad_files(folder, models.paths["even"])
     answered: list[str] = []
 
     def call(client: int) -> None:
         turn = len(answered)
         image, label = turn % len(IMAGES), SHARED if turn % 3 == 0 else None
-        reply = ask(server.url, "/detect" + (f"?label={label}" if label else ""), IMAGES[image], PNG)
+        reply = ask(url, "/detect" + (f"?label={label}" if label else ""), IMAGES[image], PNG)
         assert reply.status == 200, reply.body
         answer = json.loads(reply.body)
         models.assert_true(answer, image, label)
@@ -119,32 +127,42 @@ def test_swaps_and_bad_files_under_load_lose_no_request_and_mix_no_answer(tmp_pa
 
     def deploy(path: Path, outcome: str, count: int) -> None:
         put(path, live)
-        if noticed_by == "signal":
-            server.process.send_signal(signal.SIGHUP)
-        wait_for_reloads(server, outcome, count)
+        for server in servers:
+            if noticed_by == "signal":
+                server.process.send_signal(signal.SIGHUP)
+            wait_for_reloads(server, outcome, count)
 
     def wait_for_answer_of(name: str) -> None:
         before = len(answered)
         wait_until(lambda: name in answered[before:], 60)
 
-    live = tmp_path / "live.onnx"
+    live = folder / "live.onnx"
     put(models.paths["even"], live)
     poll_seconds = "0" if noticed_by == "signal" else "0.05"
     flags = ("--model-poll-seconds", poll_seconds, "--threads", "2", "--max-batch-size", "4")
-    with server_process(tmp_path, *flags, model_path=live) as server:
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(server_process(folder, *flags, model_path=live)) for _ in range(1 + behind_proxy)
+        ]
+        url = servers[0].url
+        if behind_proxy:
+            through = stack.enter_context(proxy(folder, *(address(server.url)[1] for server in servers)))
+            wait_until(lambda: through.serves_with(*REPLICAS))
+            url = through.url
         with constantly(CLIENTS, call):
-            for swap in range(1, SWAPS + 1):
+            for swap in range(1, swaps + 1):
                 name = "odd" if swap % 2 else "even"
                 deploy(models.paths[name], "success", swap)
-                assert serving_now(server) == name
+                assert {serving_now(server) for server in servers} == {name}
                 if swap % 5 == 0:
-                    deploy(bad_files[swap // 5 - 1], "failure", swap // 5)
-                    assert serving_now(server) == name
+                    deploy(bad_files[swap // 5 % len(bad_files)], "failure", swap // 5)
+                    assert {serving_now(server) for server in servers} == {name}
                 wait_for_answer_of(name)
-        assert (reloads(server, "success"), reloads(server, "failure")) == (SWAPS, len(bad_files))
-        counts = Scrape(server.url).by_label("retinaserve_requests_total", "outcome")
-    assert counts == {"ok": len(answered)}
-    assert min(collections.Counter(answered).values()) >= SWAPS // 2
+        for server in servers:
+            assert (reloads(server, "success"), reloads(server, "failure")) == (swaps, swaps // 5)
+        counts = [Scrape(server.url).by_label("retinaserve_requests_total", "outcome") for server in servers]
+    assert sum((collections.Counter(each) for each in counts), collections.Counter()) == {"ok": len(answered)}
+    return answered
 
 
 def test_a_file_of_another_hash_than_asked_for_is_never_served(tmp_path: Path) -> None:

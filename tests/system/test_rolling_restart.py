@@ -33,8 +33,8 @@ def counted(servers: Sequence[ServerProcess]) -> collections.Counter[str]:
     return collections.Counter(str(line["outcome"]) for line in lines if line.get("route") == "/detect")
 
 
-def replace_both(folder: Path, drain_delay_seconds: int) -> tuple[list[int], collections.Counter[str]]:
-    """Replace both replicas under constant load; what the clients got, and what the four processes counted."""
+def replace_both(folder: Path, drain_delay_seconds: int, rolls: int = 1) -> tuple[list[int], collections.Counter[str]]:
+    """Replace both replicas under constant load; what the clients got, and what all the processes counted."""
     ports = dict(zip(REPLICAS, free_ports(2), strict=True))
     image = blocks(90, 80, seed=1)
     statuses: list[int] = []
@@ -57,10 +57,11 @@ def replace_both(folder: Path, drain_delay_seconds: int) -> tuple[list[int], col
         through = stack.enter_context(proxy(folder, *ports.values()))
         wait_until(lambda: through.serves_with(*REPLICAS))
         with constantly(CLIENTS, call):
-            for replica in REPLICAS:
+            for replica in REPLICAS * rolls:
                 servers[replica].process.send_signal(signal.SIGTERM)
                 assert servers[replica].process.wait(120) == 0
-                everyone.append(start(replica))
+                servers[replica] = start(replica)
+                everyone.append(servers[replica])
                 wait_until(lambda: through.serves_with(*REPLICAS), 60)
         wait_until(lambda: counted(everyone)["ok"] >= statuses.count(200))
         return statuses, counted(everyone)

@@ -18,8 +18,8 @@ HEAD = request_head(len(IMAGE))
 HALF_SENT, SILENT, SLOW_HEADERS, SLOW_BODIES, ABORTS = 200, 50, 50, 20, 20
 HALF_BODY = bytes(4096)
 UPLOAD_LIMIT = 2**20
-LARGE = bytes(600_000)
-"""Has room beside the good requests' bodies, and none beside the half-sent ones."""
+LARGE_BYTES = 600_000
+"""They have room beside the good requests' bodies, and none beside the half-sent ones."""
 PLACES = 8 * ABORTS
 """In the queue: more than all that abort can take at once."""
 
@@ -62,12 +62,12 @@ def takes_a_byte(connection: socket.socket) -> bool:
     return True
 
 
-def abort_at_each_stage(url: str, leave: Callable[[socket.socket], None]) -> None:
+def abort_at_each_stage(url: str, count: int, leave: Callable[[socket.socket], None]) -> None:
     whole = HEAD + IMAGE
     for stage in (0, len(HEAD) // 2, len(HEAD), len(HEAD) + len(IMAGE) // 2, len(whole) - 1, len(whole)):
-        for connection in opened(url, ABORTS, whole[:stage]):
+        for connection in opened(url, count, whole[:stage]):
             leave(connection)
-    for connection in opened(url, ABORTS, whole):
+    for connection in opened(url, count, whole):
         connection.recv(10)  # the answer has begun
         leave(connection)
 
@@ -84,6 +84,11 @@ def is_as_before(server: ServerProcess, before: Footprint) -> bool:
 
 
 def test_good_requests_are_all_served_among_rude_ones_and_everything_is_freed(tmp_path: Path) -> None:
+    assert bear_rude_clients(tmp_path) > 0
+
+
+def bear_rude_clients(folder: Path, times: int = 1) -> int:
+    """Serve good clients among `times` as many rude ones; how many good requests were."""
     served: list[bytes] = []
 
     def good(client: int) -> None:
@@ -91,18 +96,19 @@ def test_good_requests_are_all_served_among_rude_ones_and_everything_is_freed(tm
         assert reply.status == 200, reply.body
         served.append(reply.body)
 
-    limits = ("--max-upload-bytes-in-flight", str(UPLOAD_LIMIT), "--queue-capacity", str(PLACES))
-    with server_process(tmp_path, *limits, "--threads", "1") as server:
+    large = bytes(LARGE_BYTES * times)
+    limits = ("--max-upload-bytes-in-flight", str(UPLOAD_LIMIT * times), "--queue-capacity", str(PLACES * times))
+    with server_process(folder, *limits, "--threads", "1") as server:
         with constantly(4, good):
             wait_until(lambda: len(served) >= 100, 60)
         timeouts_before, before = timeouts(server), held(server)  # in this order: the scrape has a thread of its own
 
         with constantly(4, good):
-            half_sent = opened(server.url, HALF_SENT, request_head(8192) + HALF_BODY)
-            silent = opened(server.url, SILENT)
-            slow_headers = opened(server.url, SLOW_HEADERS, b"POST /detect HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-            slow_bodies = opened(server.url, SLOW_BODIES, request_head(1000))
-            wait_until(lambda: ask(server.url, body=LARGE).status == 429)
+            half_sent = opened(server.url, HALF_SENT * times, request_head(8192) + HALF_BODY)
+            silent = opened(server.url, SILENT * times)
+            slow_headers = opened(server.url, SLOW_HEADERS * times, b"POST /detect HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            slow_bodies = opened(server.url, SLOW_BODIES * times, request_head(1000))
+            wait_until(lambda: ask(server.url, body=large).status == 429)
             assert ask(server.url, "/healthz", method="GET").status == 200
             count = len(served)
             drip([*slow_headers, *slow_bodies])
@@ -111,14 +117,15 @@ def test_good_requests_are_all_served_among_rude_ones_and_everything_is_freed(tm
             assert len(served) > count
             for connection in (*half_sent, *silent, *slow_headers, *slow_bodies):
                 connection.close()
-            abort_at_each_stage(server.url, reset)
-            abort_at_each_stage(server.url, socket.socket.close)
-            abort_at_each_stage(server.url, half_close)
+            abort_at_each_stage(server.url, ABORTS * times, reset)
+            abort_at_each_stage(server.url, ABORTS * times, socket.socket.close)
+            abort_at_each_stage(server.url, ABORTS * times, half_close)
 
         wait_until(lambda: is_as_before(server, before), 100)
-        assert timeouts(server) - timeouts_before == HALF_SENT + SLOW_BODIES
+        assert timeouts(server) - timeouts_before == times * (HALF_SENT + SLOW_BODIES)
         assert Scrape(server.url)("retinaserve_requests_total", outcome="error") == 0
-        assert ask(server.url, body=LARGE).status == 422, "bytes of uploads long gone are still counted"
+        assert ask(server.url, body=large).status == 422, "bytes of uploads long gone are still counted"
+    return len(served)
 
 
 def timeouts(server: ServerProcess) -> float:

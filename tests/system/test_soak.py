@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.support.load import PNG, Footprint, blocks, connected, exchange, opened, request_head
+from tests.support.load import PNG, Footprint, blocks, connected, encoded, exchange, opened, request_head
 from tests.support.serving import ServerProcess, server_process
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,13 @@ SPARE = 2
 IMAGE = blocks(20, 16, seed=1)
 BASE64 = json.dumps({"image": base64.b64encode(IMAGE).decode()}).encode()
 FORM = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + IMAGE + b"\r\n--x--\r\n"
+PHOTO, WINDOWS = encoded(Image.effect_noise((640, 480), 40), "JPEG"), blocks(100, 80, seed=2)
+HUGGING_FACE = json.dumps({"inputs": base64.b64encode(IMAGE).decode(), "parameters": {"threshold": 0.3}}).encode()
+FILES = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(IMAGE).decode()]}
+FRAME = {"name": "image", "datatype": "UINT8", "shape": [8, 8, 3], "parameters": {"binary_data_size": 192}}
+FILES_JSON, FRAME_HEAD = (json.dumps({"inputs": [tensor]}).encode() for tensor in (FILES, FRAME))
+FRAME_TYPE = {"Inference-Header-Content-Length": str(len(FRAME_HEAD))}
+INFER = "/v2/models/tiny/infer"
 JSON_TYPE, FORM_TYPE = {"Content-Type": "application/json"}, {"Content-Type": "multipart/form-data; boundary=x"}
 DRAWN = PNG | {"Accept": "image/png"}
 
@@ -52,6 +60,16 @@ def request(number: int, connection: HTTPConnection) -> int:
             return exchange(connection, f"/unknown/{number}", method="GET").status
         case 8:
             return exchange(connection, "/metrics", method="GET").status
+        case 9:
+            return exchange(connection, "/", HUGGING_FACE, JSON_TYPE).status
+        case 10:
+            return exchange(connection, INFER, FILES_JSON, JSON_TYPE).status
+        case 11:
+            return exchange(connection, INFER, FRAME_HEAD + bytes(192), FRAME_TYPE).status
+        case 12:
+            return exchange(connection, "/detect?tile=64", WINDOWS).status
+        case 13:
+            return exchange(connection, "/detect", PHOTO, {}).status
         case _:
             return exchange(connection, "/detect", IMAGE).status
 
@@ -86,15 +104,19 @@ def footprints(server: ServerProcess, numbers: Iterator[int], step: int) -> Iter
 
 def leaks(samples: list[Footprint], requests: int) -> set[str]:
     """Of what the server holds ever more."""
-    slope = np.polyfit(range(len(samples)), [sample.resident_bytes for sample in samples], 1)[0]
     earlier, later = samples[: SAMPLES // 2], samples[SAMPLES // 2 :]
 
     growing = {
-        "memory": slope > BYTES_KEPT_PER_REQUEST * (requests - WARM_UP) / SAMPLES,
+        "memory": slope(samples) > BYTES_KEPT_PER_REQUEST * (requests - WARM_UP) / SAMPLES,
         "descriptors": least(later).descriptors > least(earlier).descriptors + SPARE,
         "threads": least(later).threads > least(earlier).threads + SPARE,
     }
     return {what for what, grows in growing.items() if grows}
+
+
+def slope(samples: list[Footprint]) -> float:
+    """Bytes more from one sample to the next, by the line that fits best."""
+    return float(np.polyfit(range(len(samples)), [sample.resident_bytes for sample in samples], 1)[0])
 
 
 def least(samples: list[Footprint]) -> Footprint:
@@ -115,6 +137,6 @@ def test_after_20_000_requests_the_server_holds_what_it_held_before(tmp_path: Pa
 @pytest.mark.parametrize("leaking", ["memory", "descriptors,threads"])
 def test_a_build_that_leaks_is_found_by_the_same_check(tmp_path: Path, leaking: str) -> None:
     requests = 2 * WARM_UP
-    with server_process(tmp_path, "--threads", "1", program=("-m", "tests.support.leaking_service", leaking)) as server:
+    with server_process(tmp_path, "--threads", "1", program=("-m", "tests.support.faulty_service", leaking)) as server:
         samples = soak(server, requests)
     assert leaks(samples, requests) >= set(leaking.split(",")), samples
