@@ -8,10 +8,18 @@ COCO := models
 COCO_WEIGHTS := coco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve install check lint fast-test test test-foreign test-slow coverage format docs reliability sbom audit coco client demo-model ablations article bench docker-test docker-requirements clean
+.PHONY: serve serve-ray install check lint fast-test test test-foreign test-slow coverage format docs reliability sbom audit coco client demo-model ablations article bench docker-test docker-requirements clean
 
 serve: $(VENV)/.service-$(RUNTIME) ## serve the demo model on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service # large pages, see docs/benchmarks.md
+
+serve-ray: $(VENV)-ray-$(RUNTIME)/.installed ## the same through Ray Serve, from an environment of its own, see docs/scaling.md
+	RAY_USAGE_STATS_ENABLED=0 $(<D)/bin/serve run cluster.serve:app $(ARGUMENTS)
+
+$(VENV)-ray-$(RUNTIME)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(RUNTIME),ray]'
+	touch $@
 
 coco: $(COCO)/coco.onnx ## downloads torchvision's COCO weights, exports them, serves them on http://127.0.0.1:8000
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m service --model $<

@@ -2,7 +2,8 @@
 
 The projects' own definitions are megabytes. `python -m tests.deploy.crd FOLDER` cuts them anew after a manifest got a
 field. FOLDER holds keda-scaledobjects.yaml (kedacore/keda, config/crd/bases), kserve-servingruntimes.yaml and
-kserve-inferenceservices.yaml (kserve/kserve, config/crd/full).
+kserve-inferenceservices.yaml (kserve/kserve, config/crd/full), and kuberay-rayservices.yaml (ray-project/kuberay,
+helm-chart/kuberay-operator/crds, ray.io_rayservices.yaml).
 """
 
 import sys
@@ -33,10 +34,12 @@ class Resource(NamedTuple):
 
 KEDA = ("kedacore/keda config/crd/bases", "KEDA")
 KSERVE = ("kserve/kserve config/crd/full", "KServe")
+KUBERAY = ("ray-project/kuberay helm-chart/kuberay-operator/crds", "KubeRay")
 RESOURCES = (
     Resource(KUBERNETES / "keda" / "scaled-object.yaml", "keda-scaledobjects.yaml", *KEDA),
     Resource(KUBERNETES / "kserve" / "serving-runtime.yaml", "kserve-servingruntimes.yaml", *KSERVE),
     Resource(KUBERNETES / "kserve" / "inference-service.yaml", "kserve-inferenceservices.yaml", *KSERVE),
+    Resource(KUBERNETES / "kuberay" / "ray-service.yaml", "kuberay-rayservices.yaml", *KUBERAY),
 )
 
 

@@ -1,4 +1,4 @@
-"""The manifests for KServe and KEDA, checked without a cluster: by schemas, and against the service."""
+"""The manifests for KServe, KEDA and KubeRay, checked without a cluster: by schemas, and against the service."""
 
 import copy
 import re
@@ -21,6 +21,9 @@ WHOLE = Path(__file__).parents[3] / "shared" / "reference" / "crds"
 RUNTIME = load(KUBERNETES / "kserve" / "serving-runtime.yaml")
 INFERENCE_SERVICE = load(KUBERNETES / "kserve" / "inference-service.yaml")
 SCALED_OBJECT = load(KUBERNETES / "keda" / "scaled-object.yaml")
+RAY_SERVICE = load(KUBERNETES / "kuberay" / "ray-service.yaml")
+RAY_CLUSTER = RAY_SERVICE["spec"]["rayClusterConfig"]
+RAY_PODS = [group["template"]["spec"] for group in (RAY_CLUSTER["headGroupSpec"], *RAY_CLUSTER["workerGroupSpecs"])]
 EXTERNAL = INFERENCE_SERVICE["spec"]["predictor"]["autoScaling"]["metrics"][0]["external"]
 TRIGGER = SCALED_OBJECT["spec"]["triggers"][0]["metadata"]
 QUERIES = {"KServe": EXTERNAL["metric"]["query"], "KEDA": TRIGGER["query"]}
@@ -143,3 +146,30 @@ def test_what_waits_and_what_is_refused_count_over_all_replicas(query: str, tmp_
 def test_each_autoscaler_divides_by_the_same_share_of_a_queue() -> None:
     assert EXTERNAL["target"] == {"type": "Value", "value": TRIGGER["threshold"]}
     assert int(TRIGGER["threshold"]) < Settings.model_fields["queue_capacity"].default
+
+
+@pytest.mark.parametrize("pod", RAY_PODS, ids=["head", "worker"])
+def test_rays_pods_get_no_service_links_and_run_the_image_that_is_built_for_them(pod: Any) -> None:
+    assert pod["enableServiceLinks"] is False
+    image = (KUBERNETES / "kuberay" / "Dockerfile").read_text()
+    assert "FROM ${RAY_IMAGE}\n" in image
+    [version] = re.findall(r"ARG RAY_IMAGE=rayproject/ray:([\d.]+)-py\d+\n", image)
+    assert RAY_CLUSTER["rayVersion"] == version
+    assert [f"-t {container['image']} ." in image for container in pod["containers"]] == [True]
+
+
+def test_a_worker_of_ray_holds_a_replica_and_outlives_its_longest_request() -> None:
+    [group] = RAY_CLUSTER["workerGroupSpecs"]
+    [application] = yaml.safe_load(RAY_SERVICE["spec"]["serveConfigV2"])["applications"]
+    cores = application["args"]["num_cpus"]
+    assert group["rayStartParams"]["num-cpus"] == str(cores)
+    assert group["replicas"] == group["minReplicas"] == application["args"]["replicas"]
+    assert group["maxReplicas"] >= 2 * group["replicas"], "a rollout starts as many again before it stops any"
+    pod = group["template"]["spec"]
+    [worker] = pod["containers"]
+    assert int(worker["resources"]["requests"]["cpu"]) > cores
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    longest = defaults["upload_timeout_seconds"] + defaults["request_timeout_seconds"]
+    assert pod["terminationGracePeriodSeconds"] > longest
+    assert application["args"].keys() - defaults.keys() == {"replicas", "num_cpus"}
+    assert application["args"]["model"].startswith(worker["volumeMounts"][0]["mountPath"])
