@@ -166,6 +166,10 @@ class Measured:
         return float(np.median(self.throughputs))
 
     @property
+    def median_ms(self) -> float:
+        return float(np.median(self.latencies)) * 1000
+
+    @property
     def p99_ms(self) -> float:
         return float(np.percentile(self.latencies, 99)) * 1000
 
