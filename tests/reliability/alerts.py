@@ -18,12 +18,12 @@ import yaml
 from tests.reliability.gate import Figures, Work
 from tests.support.faulty_models import write_hanging_model
 from tests.support.load import Scrape, ask, connected, request_head
-from tests.support.serving import ServerProcess, picture, server_process
+from tests.support.serving import ServerProcess, picture, server_process, wait_until
 from tests.support.tiny_model import write_tiny_model
 from tests.system.test_soak import IMAGE
 
 RULES = Path(__file__).parents[2] / "docker" / "prometheus" / "rules.yml"
-SCRAPES, EVERY_SECONDS, STANDS_FOR_SECONDS = 60, 0.05, 15
+SCRAPES, EVERY_SECONDS, STANDS_FOR_SECONDS = 40, 0.02, 15
 PLACES = 8
 TARGET = {"job": "retinaserve", "instance": "a:8000"}
 WHITE = picture(colour=(255, 255, 255))
@@ -71,6 +71,11 @@ def kill(server: ServerProcess) -> None:
     server.process.wait()
 
 
+def hang(server: ServerProcess) -> None:
+    send(server, WHITE)
+    wait_until(lambda: ask(server.url, "/readyz", method="GET").status == 503)
+
+
 def fill_the_queue(server: ServerProcess) -> None:
     """Leave pictures in line behind one that hangs; their clients wait."""
     for _ in range(PLACES):
@@ -104,9 +109,9 @@ CASES: Mapping[str, Case] = {
     ),
     "an inference that hangs": Case(
         frozenset({"RetinaserveNotReady"}),
-        lambda server: send(server, WHITE),
+        hang,
         write_hanging_model,
-        ("--request-timeout-seconds", "0.3"),
+        ("--request-timeout-seconds", "3"),
     ),
     "a full queue": Case(
         frozenset({"RetinaserveQueueFilling"}),
