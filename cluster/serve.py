@@ -8,16 +8,18 @@ replica opens its model file again, and none restarts.
 
 import asyncio
 import functools
+import os
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from ray import serve
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.figures import KeyFigures
+from cluster.routing import AnyNode
 from service.__main__ import build_service
 from service.api.app import create_app
 from service.config import Settings
@@ -28,6 +30,8 @@ RAYS_OWN = {
     "ssl_keyfile",
 }  # fmt: skip
 """Settings of what Ray's proxies do here: they hold the connections."""
+USES_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+"""HAProxy chooses the replicas, and Ray refuses a router beside it."""
 HEALTH_CHECK_SECONDS = 5
 SPARE_SECONDS = 5
 """For sending the answers, once what is in flight has ended by itself."""
@@ -90,6 +94,7 @@ def app(arguments: Arguments) -> Any:
         + arguments.request_timeout_seconds
         + SPARE_SECONDS,
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
+        **({} if USES_HAPROXY else {"request_router_config": RequestRouterConfig(request_router_class=AnyNode)}),
     )
     return deployment.bind(arguments.model_dump(exclude_unset=True))
 
@@ -98,6 +103,7 @@ def app(arguments: Arguments) -> Any:
     max_surge_percent=100,  # a new replica is ready before an old one stops
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
     health_check_period_s=HEALTH_CHECK_SECONDS,
+    logging_config={"enable_access_log": False},  # the service has a line for each request
     user_config={},  # so that `reconfigure` is called at the start, and knows a change from it
 )
 @serve.ingress()

@@ -1,6 +1,8 @@
 """A Ray cluster of two nodes on this machine, and the service on it: deployed as KubeRay does, by Ray's REST API."""
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ class Replica:
     replica_id: str
     process_id: int | None
     """None: it has not started."""
+    node_id: str | None
     state: str
 
 
@@ -44,8 +47,12 @@ class RayService:
         wait_until(lambda: not self.replicas(), PATIENCE_SECONDS)
 
     def kill_a_node(self) -> None:
-        """Kill the second node and all that runs on it, at once."""
-        self.cluster.remove_node(self.cluster.list_all_nodes()[-1], allow_graceful=False)
+        """Kill the second node and what runs on it at once, as a power cut does."""
+        node = self.cluster.list_all_nodes()[-1]
+        for replica in self.replicas():
+            if replica.node_id == node.node_id and replica.process_id is not None:
+                os.kill(replica.process_id, signal.SIGKILL)
+        self.cluster.remove_node(node, allow_graceful=False)
 
     def add_a_node(self) -> None:
         self.cluster.add_node(**NODE)
@@ -92,7 +99,7 @@ class RayService:
     def replicas(self) -> list[Replica]:
         deployments = self.details()["deployments"]
         found = deployments[DEPLOYMENT]["replicas"] if deployments else []
-        return [Replica(each["replica_id"], each.get("pid"), each["state"]) for each in found]
+        return [Replica(each["replica_id"], each.get("pid"), each.get("node_id"), each["state"]) for each in found]
 
     def process_ids(self) -> set[int | None]:
         return {replica.process_id for replica in self.replicas()}

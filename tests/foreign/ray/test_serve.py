@@ -130,9 +130,15 @@ def test_a_rollout_under_load_loses_nothing(rays: RayService) -> None:
     assert rays.process_ids().isdisjoint(process_ids)
 
 
-def test_overload_is_refused_and_every_answer_is_in_the_books_of_a_replica(rays: RayService) -> None:
-    write_slow_model(rays.model.with_name("slow.onnx"), multiplications=6)
-    slow = str(rays.model.with_name("slow.onnx"))
+@pytest.fixture(scope="module")
+def slow(rays: RayService) -> str:
+    """The path of a model with which requests are in flight long enough to wait, and to be lost."""
+    path = rays.model.with_name("slow.onnx")
+    write_slow_model(path, multiplications=6)
+    return str(path)
+
+
+def test_overload_is_refused_and_every_answer_is_in_the_books_of_a_replica(rays: RayService, slow: str) -> None:
     rays.deploy(replicas=2, num_cpus=2, queue_capacity=3, model=slow)
     books = Books()
     with ThreadPoolExecutor(40) as pool:
@@ -143,11 +149,14 @@ def test_overload_is_refused_and_every_answer_is_in_the_books_of_a_replica(rays:
     assert all(float(reply.headers["retry-after"]) > 0 for reply in refusals)
     counted = {"ok": books.answers[OK], "overloaded": books.answers[overloaded]}
     wait_until(lambda: rays.figures("ray_retinaserve_requests_total", "outcome") == counted)
+    assert len(rays.figures("ray_retinaserve_images_total", "replica")) == 2, "one idles while the other refuses"
 
 
-def test_a_node_killed_under_load_loses_what_was_in_flight_there_and_our_client_nothing(rays: RayService) -> None:
+def test_a_node_killed_under_load_loses_what_was_in_flight_there_and_our_client_nothing(
+    rays: RayService, slow: str
+) -> None:
     rays.delete()
-    rays.deploy(replicas=2, num_cpus=NODE["num_cpus"] - 1)  # one on each node
+    rays.deploy(replicas=2, num_cpus=NODE["num_cpus"] - 1, model=slow)  # one on each node
     books, answered = Books(), collections.Counter[int]()
     with Client(rays.url) as client:
 
@@ -161,9 +170,9 @@ def test_a_node_killed_under_load_loses_what_was_in_flight_there_and_our_client_
             wait_until(lambda: books.answers[OK] > 50)
             rays.kill_a_node()
             before = books.answers[OK]
-            wait_until(lambda: books.answers[OK] > before + 100)
+            wait_until(lambda: books.answers[OK] > before + 50)
             rays.add_a_node()
             wait_until(rays.is_deployed, 120)
     assert books.answers.keys() - {OK} <= LOST
-    assert sum(books.answers[lost] for lost in LOST) <= CLIENTS, "one for each client, which was in flight"
+    assert 0 < sum(books.answers[lost] for lost in LOST) <= CLIENTS, "each client has one in flight"
     assert len(answered) == 1 and answered.total() > 50
