@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from training.config import AugmentConfig, OptimiserConfig, TrainConfig
 from training.train import train
 
 ROOT = Path(__file__).parents[2]
+STANDALONE = ("--standalone",)
 TINY = TrainConfig(
     model=RetinaNetConfig(
         backbone="resnet18",
@@ -81,9 +82,11 @@ def train_here(
     )
 
 
-def train_command(config: TrainConfig, data: Path, out: Path, *more: str, processes: int = 0) -> list[str]:
-    """The command line that trains with this config; by torchrun on that many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+def train_command(
+    config: TrainConfig, data: Path, out: Path, *more: str, processes: int = 0, torchrun: Sequence[str] = STANDALONE
+) -> list[str]:
+    """The command line that trains with this config; by torchrun, with these flags, on that many processes."""
+    launcher = ["-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(processes)] if processes else []
     command = ["-m", "training", "train", "--preset", "paper", "--data", str(data), "--out", str(out)]
     return [sys.executable, *launcher, *command, "--workers", "0", "--device", "cpu", *flags(config), *more]
 
