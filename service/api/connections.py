@@ -242,6 +242,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._answers.begin()
+        if self._unread:  # not here: this answer may be an exception's, which would pass for the parser's cause
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
         if self._unread and not self._is_answering() and not self.transport.is_closing():
             self._unset_keepalive_if_required()
             self._read_on()

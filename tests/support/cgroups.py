@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.serving import wait_until
+
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_MICROSECONDS = 100_000
 
@@ -30,7 +32,16 @@ def limited(controller: str, process_id: int, **limits: int) -> Iterator[Path]:
             (folder / "cgroup.procs").write_text(str(each.pid))
         yield folder
     finally:
-        for process in (folder / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                (ROOT / controller / "cgroup.procs").write_text(process)
-        folder.rmdir()
+        wait_until(lambda: dissolved(folder))
+
+
+def dissolved(group: Path) -> bool:
+    """Let its processes out; those that are just ending hold it up for a while."""
+    for process in (group / "cgroup.procs").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            (group.parent / "cgroup.procs").write_text(process)
+    try:
+        group.rmdir()
+    except OSError:
+        return False
+    return True

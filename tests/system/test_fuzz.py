@@ -139,7 +139,8 @@ def mutants(files: list[bytes], chance: random.Random) -> Iterator[bytes]:
     while True:
         data = bytearray(chance.choice(files))
         for mutate in chance.choices(MUTATIONS, k=chance.choice((1, 1, 2, 3))):
-            mutate(data, chance)
+            if len(data) > 1:
+                mutate(data, chance)
         if chance.random() < 0.05:
             data += chance.choice(files)[chance.randrange(100) :]
         if data:

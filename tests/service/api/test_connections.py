@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -236,6 +237,21 @@ def test_pipelined_requests_cut_anywhere_are_answered(server: Serving, cut: int)
             connection.sendall(requests[start : start + cut])
         statuses = [part[:3] for part in said(connection).split(b"HTTP/1.1 ")[1:]]
     assert statuses == [b"200", b"422", b"422"] * 2 + [b"200"]
+
+
+@pytest.mark.parametrize(
+    ("behind", "status"),
+    [(b"no HTTP at all\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431")],
+)
+def test_what_comes_behind_a_request_in_error_is_refused_by_its_own_fault(
+    server: Serving, behind: bytes, status: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first answer is made while an exception is handled, which must not pass for the second one's."""
+    with connected(server.url) as connection:
+        connection.sendall(b"PUT /detect HTTP/1.1\r\nHost: x\r\nX-API-Key: key\r\n\r\n" + behind)
+        statuses = re.findall(rb"HTTP/1.1 (\d{3}) ", said(connection))
+    assert statuses == [b"405", status]
+    assert "a request failed" not in caplog.text
 
 
 @pytest.mark.parametrize("request_", [HEALTHZ, post(b"x")], ids=["GET", "POST"])
