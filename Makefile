@@ -42,7 +42,7 @@ fast-test: install
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test: install ## the whole test suite; prints minutes by folder
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 15
 
 # A folder of tests/foreign has a requirements.txt, which is all that its environment holds, pytest included.
 FOREIGN := $(patsubst tests/foreign/%/requirements.txt,%,$(wildcard tests/foreign/*/requirements.txt))
@@ -56,7 +56,7 @@ test-foreign: $(FOREIGN:%=.venv-%/.installed) ## what cannot share .venv: each f
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
-test-slow: install .venv-label-studio/.installed ## run by hand: tasks of `service detect` in a real Label Studio
+test-slow: install .venv-label-studio/.installed ## run by hand: the deeper backbones exported, the GPU benchmark on a CPU, and tasks of `service detect` in a real Label Studio
 	LABEL_STUDIO=$(CURDIR)/.venv-label-studio/bin/label-studio $(BIN)/python -m pytest tests/slow
 
 .venv-%/.installed: tests/slow/%.txt
