@@ -52,7 +52,7 @@ class Gate:
     """Say what this machine lacks for it; empty: nothing."""
 
     def wanted(self, scale: float) -> int:
-        return max(1, math.ceil(self.full * scale))
+        return max(1, math.ceil(round(self.full * scale, 6)))
 
 
 def complete(gate: Gate, state: State, scale: float, tell: Callable[[str], None]) -> None:
@@ -78,10 +78,10 @@ def check_control(gate: Gate, state: State, tell: Callable[[str], None]) -> None
 
 
 def measured(gate: Gate, first: int, count: int, control: str = "") -> Chunk:
-    started, figures, fault = time.monotonic(), dict[str, Any](), ""
+    started, figures, fault = time.monotonic(), {"most_load_average_before": round(os.getloadavg()[0], 1)}, ""
     with tempfile.TemporaryDirectory(prefix=f"reliability-{gate.name}-") as folder:
         try:
-            figures = dict(gate.run(Work(Path(folder), first, count)))
+            figures |= gate.run(Work(Path(folder), first, count))
         except Exception:  # whatever it is, the gate has not passed, and the report says why
             fault = traceback.format_exc()[-FAULT_CHARACTERS:]
     return Chunk(gate.name, first, count, time.monotonic() - started, figures, fault, control, *now())

@@ -22,7 +22,7 @@ from tests.system import (
     test_rolling_restart,
     test_soak,
 )
-from tests.system.test_conservation import storm
+from tests.system.test_conservation import ANYTHING, storm
 
 MIB = 2**20
 ATTACKS = len(test_attacks.ATTACKS)
@@ -31,7 +31,8 @@ FORMATS = len(test_fuzz.seeds())
 
 def conservation(work: Work) -> Figures:
     counts = storm(work.folder, work.count, work.first)
-    return {"requests": sum(counts.values())} | counts
+    left = counts.pop(ANYTHING, 0)
+    return {"requests": sum(counts.values()) + left, "left_after_their_last_byte": left} | counts
 
 
 def rolls(work: Work) -> Figures:
