@@ -1,5 +1,8 @@
-"""What the application takes, and what becomes of it on a replica: no cluster is started."""
+"""The application and its arguments, and a replica, without a cluster."""
 
+import asyncio
+import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.serve import RAYS_OWN, Arguments, app
+from cluster.serve import RAYS_OWN, Arguments, Detection, app
 from service.config import Settings
 from tests.deploy.crd import KUBERNETES, load
 
@@ -88,6 +91,16 @@ def test_the_line_refuses_before_rays_queues_are_full_and_those_are_bounded() ->
     assert config.graceful_shutdown_timeout_s > 60 + 20
     assert config.max_surge_percent == 100
     assert deployment.ray_actor_options["num_cpus"] == 2
+
+
+@pytest.mark.parametrize("reason", [None, "the device has failed"])
+def test_a_replica_that_is_not_alive_fails_its_health_check_and_tells_its_figures(reason: str | None) -> None:
+    reports: list[str] = []
+    figures = SimpleNamespace(report=lambda: reports.append("figures"))
+    replica = SimpleNamespace(_figures=figures, _service=SimpleNamespace(why_not_alive=lambda: reason))
+    with contextlib.nullcontext() if reason is None else pytest.raises(RuntimeError, match=reason):
+        asyncio.run(Detection.func_or_class.check_health(replica))
+    assert reports == ["figures"]
 
 
 def test_kuberays_manifest_configures_serve_and_the_service() -> None:

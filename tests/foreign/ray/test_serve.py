@@ -130,6 +130,17 @@ def test_a_rollout_under_load_loses_nothing(rays: RayService) -> None:
     assert rays.process_ids().isdisjoint(process_ids)
 
 
+def test_a_rollout_that_cannot_start_leaves_the_old_replicas_serving(rays: RayService) -> None:
+    books, process_ids = Books(), rays.process_ids()
+    with constantly(CLIENTS, lambda client: books.ask(rays.url)):
+        with pytest.raises(AssertionError, match="Failed to update"):
+            rays.deploy(replicas=2, num_cpus=2, model="/nowhere/model.onnx")
+        before = books.answers.total()
+        wait_until(lambda: books.answers.total() > before + 50)
+    assert books.answers.keys() == {OK}
+    assert rays.process_ids() >= process_ids
+
+
 @pytest.fixture(scope="module")
 def slow(rays: RayService) -> str:
     """The path of a model with which requests are in flight long enough to wait, and to be lost."""
