@@ -17,6 +17,7 @@ from service.config import OneLineParser, add_setting_flags, read_settings
 from service.detect import SETTINGS
 
 WRITE_EVERY_SECONDS = 60.0
+STOPPED = "the job stopped, and goes on when it is started again"
 
 
 class Parser(OneLineParser):
@@ -27,13 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
+        from ray.data.exceptions import ExecutionTimeoutError
         from ray.exceptions import RayError
     except ImportError as error:
         parser.error(f"{error}: it takes the extra [ray], pip install '.[ray]'")
     try:
         return _coco(given) if given.command == "coco" else _detect(parser, given)
-    except RayError as error:
-        parser.error(f"the job stopped, and goes on when it is started again: {_last_line(error)}")
+    except ExecutionTimeoutError as error:
+        parser.error(f"{STOPPED}: {str(error).splitlines()[0]}")
+    except RayError as error:  # the text is the worker's whole traceback
+        parser.error(f"{STOPPED}: {str(error).strip().splitlines()[-1].strip()}")
     except (InvalidModel, DeviceUnavailable, OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
 
@@ -103,11 +107,6 @@ def _coco(given: argparse.Namespace) -> int:
     if failed := Results.at(given.dest).write_coco(given.out):
         sys.stderr.write(f"{failed} pictures could not be read, and have no results\n")
     return 0
-
-
-def _last_line(error: Exception) -> str:
-    """Name what a worker raised: Ray's message is its whole traceback."""
-    return str(error).strip().splitlines()[-1].strip()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ file that cannot be read then costs its own row and not the job, no picture cros
 the workers asks for CPUs, so that the job runs on one. A worker that dies is replaced, and its block done again.
 """
 
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 import onnxruntime
 import pyarrow as pa
@@ -43,8 +45,6 @@ millions burden Ray."""
 MAX_ROWS_PER_FILE = 20_000
 LOG_SECONDS = 60
 """Seconds between two lines of progress in a log."""
-TASK_RETRIES = 3
-"""Times that a block which its worker did not survive is tried again."""
 BLOCK_SCHEMA = SCHEMA.append(pa.field("unread", pa.string()))
 """`unread`: why a picture has no row this time; it is tried again when the job is started again."""
 
@@ -82,7 +82,7 @@ class Worker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Paths in, BLOCK_SCHEMA out. InferenceFailed: the device is lost, and every other picture would fail."""
-        paths = [os.fsdecode(path) for path in block["path"].to_pylist()]
+        paths = [from_ascii(path) for path in block["path"].to_pylist()]
         return pa.Table.from_pylist([self._row(*loading) for loading in self._loading(paths)], BLOCK_SCHEMA)
 
     def _loading(self, paths: Sequence[str]) -> Iterator[tuple[str, Future[Pixels]]]:
@@ -146,14 +146,18 @@ def recipe(settings: Settings, tiling: Tiling | None) -> dict[str, Any]:
 def connect(address: str | None, workers: int | None, threads: int) -> None:
     """Join the cluster there; None: start one on this machine, of as many logical CPUs as the workers ask for.
 
-    ConnectionError: there is no cluster.
+    ConnectionError: there is no cluster, or none could be started.
     """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # or it tells of plans, and of progress bars
     if address is not None:
         ray.init(address=address, logging_level="WARNING")
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
     cpus = max(available_cores(), (workers or 1) * threads)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING")
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING")
+    except Exception as error:  # Ray's have no class of their own: on a busy machine it gives up after 30 s
+        raise ConnectionError(f"Ray could not be started: {error}") from error
 
 
 def pool_for(device: str, workers: int | None, threads: int, resources: Mapping[str, float]) -> Pool:
@@ -171,30 +175,37 @@ def pool_for(device: str, workers: int | None, threads: int, resources: Mapping[
     return Pool(device, workers or int(has // each), needs)
 
 
-def blocks(paths: Sequence[str], workers: int) -> list[pa.Table]:
-    """Share the paths out."""
-    size = max(1, min(-(-len(paths) // (BLOCKS_PER_WORKER * workers)), max(MIN_BLOCK, len(paths) // MAX_BLOCKS)))
-    parts = (paths[start : start + size] for start in range(0, len(paths), size))
-    return [pa.table({"path": pa.array([os.fsencode(path) for path in part], pa.binary())}) for part in parts]
+def num_blocks(num_paths: int, workers: int) -> int:
+    """Choose into how many pieces the paths are shared out."""
+    largest = max(MIN_BLOCK, num_paths // MAX_BLOCKS)
+    return max(-(-num_paths // largest), min(num_paths, BLOCKS_PER_WORKER * workers))
 
 
 def detected(paths: Sequence[str], pool: Pool, *arguments: object) -> Iterator[pa.Table]:
     """Yield the rows of all paths, a block at a time, in the order in which they are done. `arguments`: a Worker's.
 
-    RayError, or the worker's own exception: the job cannot go on.
+    RayError, or the worker's own exception, ExecutionTimeoutError after half an hour without a block: it cannot go on.
     """
     DataContext.get_current().enable_progress_bars = False
-    shares = blocks(paths, pool.workers)
-    done = ray.data.from_arrow(shares).map_batches(
+    count = num_blocks(len(paths), pool.workers)
+    done = ray.data.from_items([{"path": as_ascii(path)} for path in paths], override_num_blocks=count).map_batches(
         Worker,
         fn_constructor_args=arguments,
-        batch_size=len(shares[0]),
+        batch_size=len(paths) // count,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=pool.workers),
-        max_task_retries=TASK_RETRIES,
         **pool.logical,
     )
     yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def as_ascii(path: str) -> str:
+    """Spell a path so that Arrow takes it, whatever bytes it has; `from_ascii` turns it back."""
+    return quote(path, errors="surrogateescape")
+
+
+def from_ascii(text: str) -> str:
+    return unquote(text, errors="surrogateescape")
 
 
 def detect(

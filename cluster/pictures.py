@@ -1,7 +1,7 @@
 """The pictures of a batch job: where they are, and their bytes. A folder of this machine, or of an object store.
 
-A path is absolute, or a URI such as `s3://bucket/photos/1.jpg`. In Arrow it travels as the bytes that the system has
-for it; in results it is text, in which bytes that are no UTF-8 are spelled out.
+A path is absolute, or a URI such as `s3://bucket/photos/1.jpg`. In results, bytes of it that are no UTF-8 are spelled
+out.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The service on Ray against the service without, on this machine: what Ray costs.
 
-    python -m tests.benchmarks.ray [--only serve] [--python FILE] [--model FILE.onnx] [--clients N ...] [--requests N]
+    python -m tests.benchmarks.ray [--only TABLE] [--python FILE] [--model FILE.onnx] [--clients N ...] [--requests N]
 
 Both run in one environment, which is made in the cache folder (or `--python`'s), with the same threads. In each round
 each is started, warmed up, asked for the same pictures and ended before the other: neither disturbs the other. Clients
@@ -19,6 +19,7 @@ from model.detector import available_cores
 from model.pretrained import PRETRAINED
 from tests.benchmarks.compare import PEERS, Measured, Peer, measure, raw, server
 from tests.benchmarks.measuring import add_cache_flag, command, environment, machine, mixed_photos, table
+from tests.benchmarks.ray_batch import batch
 
 ROOT = Path(__file__).parents[2]
 ALONE = PEERS[0]
@@ -64,7 +65,7 @@ def serve_row(clients: int, alone: Measured, on_ray: Measured) -> Sequence[objec
     return [clients, *speeds, f"{ratio:.3f}", *(f"{each.median_ms:.0f}" for each in (alone, on_ray))]
 
 
-TABLES: dict[str, Callable[[argparse.Namespace, Path], str]] = {"serve": serve}
+TABLES: dict[str, Callable[[argparse.Namespace, Path], str]] = {"serve": serve, "batch": batch}
 
 
 def main() -> None:

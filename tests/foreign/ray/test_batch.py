@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from tqdm import tqdm
 
 from cluster.__main__ import main
-from cluster.batch import Pool, Worker, blocks, pool_for, recipe, write_all
+from cluster.batch import Pool, Worker, as_ascii, num_blocks, pool_for, recipe, write_all
 from cluster.pictures import Pictures
 from cluster.results import SCHEMA, Results
 from service.__main__ import main as service
@@ -208,6 +208,14 @@ def test_a_worker_that_dies_is_replaced_and_no_picture_is_lost_or_done_twice(
     assert sorted(row["path"] for row in rows(dest)) == sorted(str(path) for path in (archive / "3").glob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("num_paths", "workers", "count"),
+    [(1, 8, 1), (20, 2, 16), (2000, 2, 125), (10**6, 100, 10_000), (10**5, 2000, 16_000)],
+)
+def test_paths_are_shared_out_in_pieces_that_keep_all_workers_busy(num_paths: int, workers: int, count: int) -> None:
+    assert num_blocks(num_paths, workers) == count
+
+
 def test_rows_of_another_model_or_threshold_are_not_mixed(
     model: str, finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +280,7 @@ def work(model: str, pictures: Pictures, *paths: str) -> pa.Table:
     """The rows that a worker makes of these."""
     settings = Settings(model=Path(model), device="cpu", threads=1)
     worker = Worker(pictures, settings, None, recipe(settings, None)["model_sha256"])
-    return pa.concat_tables(worker(block) for block in blocks(paths, workers=1))
+    return worker(pa.table({"path": [as_ascii(path) for path in paths]}))
 
 
 def test_a_picture_that_is_not_there_now_gets_no_row_and_is_told(
