@@ -8,18 +8,14 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from torchvision.models.detection import retinanet_resnet50_fpn_v2
 
 from cluster.__main__ import main as cluster
-from model.detector import Detector
 from service import detect
 from service.__main__ import build_service
 from service.api.app import create_app
@@ -204,17 +200,14 @@ def test_the_readmes_curl_prints_the_detections_that_it_shows(tmp_path: Path) ->
         assert found["box"] == pytest.approx(expected["box"], abs=1)
 
 
-@pytest.mark.slow
-def test_make_coco_makes_a_file_that_serves(tmp_path: Path) -> None:
-    """With weights of our own in torchvision's form: the download of the real ones is not run."""
-    weights = tmp_path / "weights.pth"
-    torch.save(retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None).state_dict(), weights)
-    settings = [f"COCO={tmp_path}", f"COCO_WEIGHTS={weights}", f"BIN={Path(sys.executable).parent}"]
-    file = tmp_path / "coco.onnx"
-    subprocess.run(["make", "--assume-old", "install", *settings, str(file)], cwd=ROOT, check=True, capture_output=True)
-    metadata = Detector(file, device="cpu").metadata
-    assert len(metadata.labels) == 91
-    assert {label.label: label.class_id for label in metadata.labels}["person"] == 1
+@pytest.mark.parametrize("target", ["models/coco.onnx", "demo-model", "data/shapes", "serve"])
+def test_the_commands_of_make_take_their_flags(target: str) -> None:
+    dry = ["make", "--dry-run", "--always-make", "--assume-old", "install", target]
+    printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    ours = [found for found in COMMAND.findall(printed) if found[0] in ("service", "training")]
+    assert ours
+    for module, rest in ours:
+        assert set(FLAG.findall(rest)) <= flags_of(module, rest.split()[0] if rest.split() else "")
 
 
 def test_the_readme_is_a_page() -> None:
