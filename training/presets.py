@@ -150,7 +150,7 @@ SMALL = replace(
 )
 """A few hundred annotated pictures, fine-tuned from the demo model's checkpoint on crops at 320 px.
 `python -m training train --preset small --init model/pretrained/shapes.pt --data BCCD --out runs/bccd`: AP 0.601 and
-AP50 0.925 on BCCD's 72 test pictures, of one seed (docs/training-log.md).
+AP50 0.923 on BCCD's 72 test pictures, means of three seeds (docs/training-log.md).
 """
 
 ABLATION = replace(
