@@ -41,7 +41,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 CURL = re.compile(r"curl -s -F image=@(\S+) 'http://127\.0\.0\.1:8000(/detect\?\S+)'")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 COMMAND = re.compile(r"python -m ((?:service|training|tests|client|cluster)[\w.]*)([^|;#`\n]*)")
-METRIC = re.compile(r"\b(?:retinaserve|http)_(?!client\b)[a-z][a-z_]+[a-z]\b")
+METRIC = re.compile(r"\b(?:retinaserve|http)_(?!client\b|options\b)[a-z][a-z_]+[a-z]\b")
 
 
 def code_of(page: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.serve import RAYS_OWN, Arguments, Detection, app
 from service.config import Settings
 from tests.deploy.crd import KUBERNETES, load
+from tests.foreign.ray.conftest import ROOT
 
 
 def options_of(**given: object) -> Any:
@@ -103,8 +105,12 @@ def test_a_replica_that_is_not_alive_fails_its_health_check_and_tells_its_figure
     assert reports == ["figures"]
 
 
-def test_kuberays_manifest_configures_serve_and_the_service() -> None:
-    text = load(KUBERNETES / "kuberay" / "ray-service.yaml")["spec"]["serveConfigV2"]
+MANIFEST = load(KUBERNETES / "kuberay" / "ray-service.yaml")["spec"]["serveConfigV2"]
+[ON_THE_PAGE] = re.findall(r"```yaml\n(http_options.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("text", [MANIFEST, ON_THE_PAGE], ids=["KubeRay's manifest", "docs/scaling.md"])
+def test_a_configuration_that_is_shown_is_one_of_serve_and_of_the_service(text: str) -> None:
     [application] = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
     assert application.import_path == "cluster.serve:app"
     assert options_of(**application.args).num_replicas == application.args["replicas"]
