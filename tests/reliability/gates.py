@@ -59,7 +59,7 @@ def memory(work: Work) -> Figures:
     held = [sample.resident_bytes / MIB for sample in samples]
     assert grown == set(), f"{grown} grow: {samples}"
     return {
-        "bytes_kept_per_request": test_soak.slope(samples) * test_soak.SAMPLES / (work.count - test_soak.WARM_UP),
+        "most_bytes_kept_per_request": test_soak.slope(samples) * test_soak.SAMPLES / (work.count - test_soak.WARM_UP),
         "most_descriptors": max(sample.descriptors for sample in samples),
         "least_descriptors": min(sample.descriptors for sample in samples),
         "most_threads": max(sample.threads for sample in samples),

@@ -63,8 +63,9 @@ def circumstances(chunks: Sequence[Chunk]) -> str:
     """When, where, on what, and how long."""
     machines = "; ".join(dict.fromkeys(chunk.machine for chunk in chunks))
     commits = ", ".join(dict.fromkeys(chunk.commit for chunk in chunks))
+    count = "1 chunk" if len(chunks) == 1 else f"{len(chunks)} chunks"
     minutes = sum(chunk.seconds for chunk in chunks) / 60
-    return f"{machines}; commit {commits}; {chunks[-1].ended[:10]}; {minutes:.1f} minutes in {len(chunks)} chunks."
+    return f"{machines}; commit {commits}; {chunks[-1].ended[:10]}; {minutes:.1f} minutes in {count}."
 
 
 def figures(chunks: Sequence[Chunk]) -> str:
