@@ -18,7 +18,7 @@ from tests.support.serving import FAULT
 
 Figures = Mapping[str, Any]
 """Numbers are summed over chunks; `most_…` and `least_…` are extremes; the rest is for a gate's own rows and plots."""
-FAULT_CHARACTERS = 4000
+FAULT_CHARACTERS = 6000
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,17 @@ def measured(gate: Gate, first: int, count: int, control: str = "") -> Chunk:
         try:
             figures |= gate.run(Work(Path(folder), first, count))
         except Exception:  # whatever it is, the gate has not passed, and the report says why
-            fault = traceback.format_exc()[-FAULT_CHARACTERS:]
+            fault = shortened(traceback.format_exc())
     return Chunk(gate.name, first, count, time.monotonic() - started, figures, fault, control, *now())
+
+
+def shortened(text: str) -> str:
+    """Leave out the middle of a long one: what was raised stands before its message, which may be long, too."""
+    return (
+        text
+        if len(text) <= FAULT_CHARACTERS
+        else f"{text[: FAULT_CHARACTERS // 2]}\n…\n{text[-FAULT_CHARACTERS // 2 :]}"
+    )
 
 
 def _ending(chunk: Chunk) -> str:

@@ -80,6 +80,13 @@ def test_a_control_passes_when_the_build_with_the_fault_fails(reliability: Calla
     assert code == 0 and "a fault: found" in page and "not run" in page
 
 
+def test_a_control_passes_however_long_the_fault_is_told(reliability: Callable[..., tuple[int, str]]) -> None:
+    def run(work: Work) -> Figures:
+        raise AssertionError("line\n" * 10_000)
+
+    assert reliability(gate(run), "--control")[0] == 0
+
+
 @pytest.mark.parametrize("run", [lambda work: {}, lambda work: 1 / 0])
 def test_a_control_fails_when_the_build_with_the_fault_passes_or_something_else_breaks(
     reliability: Callable[..., tuple[int, str]], run: Callable[[Work], Figures]
