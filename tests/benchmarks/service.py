@@ -107,7 +107,7 @@ class Connection(asyncio.Protocol):
         return connection
 
     async def exchange(self, request: bytes) -> int:
-        """The answer's status. ConnectionError: none came."""
+        """The answer's status. ConnectionError: none came, or one of unknown length."""
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._answered
@@ -121,11 +121,12 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         head_end = self._received.find(b"\r\n\r\n") + 4
-        if head_end < 4 or self._answered is None:
+        if head_end < 4 or self._answered is None or self._answered.done():
             return
         length = CONTENT_LENGTH.search(self._received, 0, head_end)
-        assert length is not None
-        if len(self._received) >= head_end + int(length[1]):
+        if length is None:  # Ray's proxy answers so before an application is there
+            self._answered.set_exception(ConnectionError("an answer that does not tell its length"))
+        elif len(self._received) >= head_end + int(length[1]):
             status = int(self._received[9:12])
             self._received.clear()
             self._answered.set_result(status)
