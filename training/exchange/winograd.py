@@ -105,6 +105,8 @@ def _gains(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], min_ch
     attributes, weight = _attributes(node), weights.get(node.input[1])
     if weight is None or weight.data_type != onnx.TensorProto.FLOAT or list(weight.dims[2:]) != [3, 3]:
         return False
+    if any(name and name not in weights for name in node.input[2:]):
+        return False  # the bias is laid out for the tiles here, so it has to be known
     if any(attributes.get(name, value) != value for name, value in ONE_3X3.items()) or "pads" not in attributes:
         return False
     is_explicit = attributes.get("auto_pad", b"NOTSET") == b"NOTSET"

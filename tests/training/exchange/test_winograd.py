@@ -88,6 +88,13 @@ def test_layers_of_too_few_channels_or_tiles_are_left_alone() -> None:
     assert to_winograd(layers(), (64, 64), min_channels=8, min_tiles=256).graph != layers().graph
 
 
+def test_a_layer_whose_bias_is_computed_is_left_alone() -> None:
+    model = layers()
+    next(node for node in model.graph.node if node.op_type == "Conv").input[2] = "computed"
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["bias"], ["computed"]))
+    assert Counter(node.op_type for node in rewritten(model).graph.node)["Conv"] == 2, "it, and the strided one"
+
+
 def test_a_transformed_weight_of_one_is_the_transforms_outer_product() -> None:
     ones = transformed(np.ones((1, 1, 3, 3), np.float32)).reshape(6, 6)
     sides = np.array([1 / 4, -1 / 2, -1 / 6, 7 / 24, 1 / 8, 1])
