@@ -29,14 +29,14 @@ HERE = (
     ("-f docker-compose.yml", " ".join(f"-f {name}" for name in FILES)),
 )
 MAX_LINES, MAX_CHARACTERS = 10, 200
-"""Of an output on the page."""
+"""Length of an output on the page."""
 PROGRESS = re.compile(r" *(Container|Network|Volume) .*|#\d+ .*|\s*$")
-"""Lines by which Compose tells that it goes on, and docker build."""
+"""Progress lines of Compose and of docker build."""
 CONTROLS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LEFT_OUT = ("alertmanager", "docker/alerting.yml", "hooks.example")
-"""Lines that need an image which is not everywhere; test_operations.py has a test of its own for them."""
+"""Words of lines that need an image which may be missing; test_operations.py has a test for those lines."""
 OF_OTHERS = ("## Kubernetes", "## The images", "## A day")
-"""Where the lines for this engine end."""
+"""Headings at which the lines for this engine end."""
 INLINE = re.compile(r"`(docker (?:compose (?!kill)\S+|exec|logs|events|restart|start) [^`]+)`")
 
 
@@ -159,9 +159,10 @@ def shortened(output: str) -> str:
 
 HEAD = """# An operator's day
 
-The lines of [operations.md](operations.md) and [runbook.md](runbook.md), run in their order on one Docker engine
-without a GPU, and what they printed. Lines for Alertmanager and Grafana, whose images were not there, are left out.
-`python -m tests.deploy.engine.day > docs/operators-day.md` makes this page; `make docker-test` runs the same lines.
+This page shows what the lines of [operations.md](operations.md) and [runbook.md](runbook.md) print. They were run in
+order on one Docker engine without a GPU. Lines for Alertmanager and Grafana are left out, because their images were
+not there. `python -m tests.deploy.engine.day > docs/operators-day.md` makes this page; `make docker-test` runs the
+same lines.
 """
 
 if __name__ == "__main__":
