@@ -1,6 +1,6 @@
-"""A gate: a promise, and work in chunks that would show it broken. A chunk that is done is kept; a killed run goes on.
+"""A gate: a promise, and work in chunks that would break it. Finished chunks are kept, so that a killed run continues.
 
-Each chunk stands alone, with processes and files of its own, so that the next one can begin anywhere.
+Each chunk has processes and files of its own, and depends on no other.
 """
 
 import math
@@ -19,6 +19,7 @@ from tests.support.serving import FAULT
 Figures = Mapping[str, Any]
 """Numbers are summed over chunks; `most_…` and `least_…` are extremes; the rest is for a gate's own rows and plots."""
 FAULT_CHARACTERS = 6000
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Gate:
 
 
 def complete(gate: Gate, state: State, scale: float, tell: Callable[[str], None]) -> None:
-    """Do what is left of the gate, and keep each chunk as it ends. It ends early at a chunk with a fault."""
+    """Run the remaining chunks of the gate, and keep each when it ends. A chunk with a fault is the last."""
     wanted = gate.wanted(scale)
     while (done := state.units(gate.name)) < wanted and not state.faults(gate.name):
         chunk = measured(gate, done, min(gate.step, wanted - done))
@@ -65,7 +66,7 @@ def complete(gate: Gate, state: State, scale: float, tell: Callable[[str], None]
 
 
 def check_control(gate: Gate, state: State, tell: Callable[[str], None]) -> None:
-    """Run a chunk against the build with a fault, unless that is in the state."""
+    """Run a chunk against the faulty build, unless the state has one."""
     if state.control(gate.name) is not None:
         return
     os.environ[FAULT] = gate.control
@@ -83,7 +84,7 @@ def measured(gate: Gate, first: int, count: int, control: str = "") -> Chunk:
         try:
             figures |= gate.run(Work(Path(folder), first, count))
         except Exception:  # whatever it is, the gate has not passed, and the report says why
-            fault = shortened(traceback.format_exc())
+            fault = shortened(traceback.format_exc().replace(f"{ROOT}/", ""))
     return Chunk(gate.name, first, count, time.monotonic() - started, figures, fault, control, *now())
 
 

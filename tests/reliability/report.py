@@ -26,7 +26,7 @@ def summary(gates: Sequence[Gate], state: State) -> str:
         (f"[{gate.name}](#{gate.name})", verdict(gate, state), length(gate, state), control(gate, state))
         for gate in gates
     ]
-    return table(("gate", "verdict", "length", "a build with a fault"), rows)
+    return table(("gate", "verdict", "length", "faulty build"), rows)
 
 
 def verdict(gate: Gate, state: State) -> str:
@@ -70,8 +70,15 @@ def circumstances(chunks: Sequence[Chunk]) -> str:
 
 def figures(chunks: Sequence[Chunk]) -> str:
     total = summed([chunk.figures for chunk in chunks])
-    rows = [(name.replace("_", " "), shown(value)) for name, value in total.items()]
+    rows = [(described(name), shown(value)) for name, value in total.items()]
     return table(("figure", "value"), rows) if rows else ""
+
+
+def described(name: str) -> str:
+    for beginning, kind in (("most_", " (maximum)"), ("least_", " (minimum)")):
+        if name.startswith(beginning):
+            return name.removeprefix(beginning).replace("_", " ") + kind
+    return name.replace("_", " ")
 
 
 def shown(value: float) -> str:

@@ -43,7 +43,7 @@ def test_a_gate_is_done_in_chunks_and_none_twice(reliability: Callable[..., tupl
     assert "not at full length: 5 of 10 things" in page
     code, page = reliability(gate(run))
     assert works[2:] == [(5, 4), (9, 1)]
-    assert "| 10 things |" in page and "| found | 10 |" in page and "| most ms | 9 |" in page
+    assert "| 10 things |" in page and "| found | 10 |" in page and "| ms (maximum) | 9 |" in page
     reliability(gate(run))
     assert len(works) == 4
 
@@ -72,6 +72,7 @@ def test_a_broken_promise_ends_the_gate_and_stands_in_the_report(reliability: Ca
         code, page = reliability(gate(broken))
         assert code == 1
         assert "**failed**" in page and page.count("AssertionError: broken at last") == 1
+        assert 'File "tests/reliability/test_reliability.py"' in page
     assert reliability(gate(lambda work: {}), "--anew")[0] == 0
 
 
