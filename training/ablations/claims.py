@@ -1,6 +1,6 @@
-"""The article's claims: which ablation's figure is above which other's, and whether that shows.
+"""The article's claims: which ablation's figure is above which other's, and whether the results confirm it.
 
-Whether a claim shows is decided by its comparison, against what another seed alone changes.
+A difference confirms a claim if it is larger than what another seed alone changes.
 """
 
 import math
@@ -18,14 +18,14 @@ ONE_CLASS = "Here everything is one class, and a picture has about 12,000 anchor
 
 @dataclass(frozen=True)
 class Claim:
-    """One ablation's figure is above another's."""
+    """A claim that one ablation's figure is above another's."""
 
     text: str
     better: str
     worse: str
     figure: str
     caveat: str = ""
-    """A reason why it may not show on this data."""
+    """A reason why this data may not confirm it."""
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,34 @@ class Part:
 
 PARTS = (
     Part(
-        "Proposals: the RPN, and what a single feature map costs it",
+        "Proposals: the RPN on a pyramid and on a single feature map",
         "The region proposal network is the same code with other values: one class, one anchor size for each level, a "
         "head of one shared 3×3 convolution, labels by IoU 0.7 and 0.3 and the best anchor, 256 sampled anchors, none "
         "across the border. Its figure is average recall: the share of objects that 100 or 1,000 proposals find, over "
-        "IoU .50 to .95.",
+        "IoU 0.50 to 0.95.",
         ("rpn", "rpn-top"),
         (
             Claim(
-                "A map after much subsampling cannot find small objects; a pyramid can", "rpn", "rpn-top",
+                "A pyramid finds small objects that a single subsampled map cannot find", "rpn", "rpn-top",
                 "AR@1000 small",
             ),
-            Claim("The pyramid's proposals are better over all sizes", "rpn", "rpn-top", "AR@1000"),
+            Claim("The pyramid's proposals are better for all sizes together", "rpn", "rpn-top", "AR@1000"),
         ),
         ("AR@100", "AR@1000", "AR@1000 small", "AR@1000 medium", "AR@1000 large"),
     ),
     Part(
-        "Pyramids: of features, of pictures, and the rough one",
-        "The heads look at P3 to P7 (the baseline), at the same levels without the top-down path, or at P5 alone with "
-        "the anchors of all levels. The image pyramid runs a trained model on several sizes of a picture and merges "
-        "what it finds by one NMS.",
+        "Feature pyramids and image pyramids",
+        "The heads look at P3 to P7 (the baseline), at the same levels without the top-down path (`rough`), or at P5 "
+        "alone with the anchors of all levels (`top`). The image pyramid runs a trained model on several sizes of a "
+        "picture and merges the detections by one NMS.",
         ("baseline", "top", "rough", "image-pyramid", "top-image-pyramid"),
         (
             Claim("The feature pyramid beats the top level alone", "baseline", "top", "AP"),
-            Claim("Most of all for small objects", "baseline", "top", "AP small"),
+            Claim("The feature pyramid beats the top level alone for small objects", "baseline", "top", "AP small"),
             Claim(
-                "The top-down path brings meaning to the high-resolution levels", "baseline", "rough", "AP small",
-                "Shapes are told from their ground by edges and texture, which low levels know: the semantic gap that "
-                "the article speaks of is small here.",
+                "The top-down path brings semantics to the high-resolution levels", "baseline", "rough", "AP small",
+                "Edges and texture, which low levels see, tell the shapes from their background: the semantic gap of "
+                "the article is small here.",
             ),
             Claim("An image pyramid helps a single feature map", "top-image-pyramid", "top", "AP"),
             Claim("An image pyramid is costly", "image-pyramid", "baseline", "ms per picture"),
@@ -76,8 +76,8 @@ PARTS = (
     ),
     Part(
         "Focal loss",
-        "The same model, data and schedule; only the loss of the classes differs. Plain cross-entropy gives every "
-        "anchor the weight 1. With γ the paper's own best α goes (its table 1b): .75 for 0, .5 for 0.5, .25 above.",
+        "Only the classification loss differs. Plain cross-entropy gives every anchor the weight 1. Each γ has the α "
+        "that was best with it in the paper (its table 1b): 0.75 for γ 0, 0.5 for γ 0.5, 0.25 above.",
         ("baseline", "cross-entropy", "balanced", "sampled", "gamma-0.5", "gamma-1", "gamma-5"),
         (
             Claim("Focal loss beats cross-entropy", "baseline", "cross-entropy", "AP", ONE_CLASS),
@@ -91,33 +91,32 @@ PARTS = (
     ),
     Part(
         "Training RetinaNet: the prior",
-        "With the prior off, every anchor starts at probability .5. The ablations of the preset have AdamW, clipped "
-        "gradients, warm-up and batch norm in the heads, which all forgive a bad start; those called `sgd` have the "
-        "paper's bare SGD, without warm-up, for 100 steps.",
+        "Without the prior, every anchor starts at probability 0.5. The preset has AdamW, clipped gradients, warm-up "
+        "and batch norm in the heads, which all mitigate a bad start. The ablations called `sgd` have the paper's bare "
+        "SGD, without warm-up, for 100 steps.",
         (
             "baseline", "no-prior", "cross-entropy", "cross-entropy-no-prior", "sgd", "sgd-no-prior",
             "sgd-cross-entropy-no-prior",
         ),
         (
             Claim("Without the prior the first loss is far larger", "no-prior", "baseline", "first loss"),
-            Claim("And with plain cross-entropy", "cross-entropy-no-prior", "cross-entropy", "first loss"),
             Claim(
-                "Without the prior training ends worse", "baseline", "no-prior", "AP",
-                BOUNDED_STEPS,
+                "The same with plain cross-entropy", "cross-entropy-no-prior", "cross-entropy", "first loss"
+            ),
+            Claim("Without the prior AP is lower", "baseline", "no-prior", "AP", BOUNDED_STEPS),
+            Claim(
+                "The same with plain cross-entropy", "cross-entropy", "cross-entropy-no-prior", "AP", BOUNDED_STEPS
             ),
             Claim(
-                "With cross-entropy, too", "cross-entropy", "cross-entropy-no-prior", "AP",
-                BOUNDED_STEPS,
-            ),
-            Claim(
-                "With cross-entropy and bare SGD it does not survive", "sgd", "sgd-cross-entropy-no-prior", "AP"
+                "With cross-entropy and bare SGD it diverges without the prior", "sgd", "sgd-cross-entropy-no-prior",
+                "AP",
             ),
         ),
         plot="prior.png",
     ),
     Part(
         "The box regression subnet: smooth-L1 with σ 3",
-        "Three losses of the same boxes. GIoU keeps its weight of 1; its scale is its own.",
+        "Only the box loss differs. Its weight is 1 each time, although GIoU has another scale.",
         ("baseline", "l1", "giou"),
         (
             Claim("Smooth-L1 with σ 3 is as good as L1 or better", "baseline", "l1", "AP"),
@@ -129,29 +128,29 @@ PARTS = (
 
 
 def verdict(claim: Claim, results: Mapping[str, Result], losses: Mapping[str, Mapping[int, float]]) -> str:
-    """In words: it shows, it does not (and why that may be), it cannot be told from chance, or it was not run."""
+    """Say that it is confirmed, not confirmed (with the caveat), not significant, or not run."""
     better, worse = results.get(claim.better), results.get(claim.worse)
     if better is None or worse is None:
         missing = [name for name in (claim.better, claim.worse) if name not in results]
         return f"not run: {', '.join(missing)}"
     if claim.figure.startswith(("AP", "AR")) and (better.failure or worse.failure):
         failed = " and ".join(result.name for result in (better, worse) if result.failure)
-        return f"{'shows' if worse.failure and not better.failure else 'does not show'}: {failed} did not survive"
+        confirmed = worse.failure and not better.failure
+        return f"**{'confirmed' if confirmed else 'not confirmed'}**: {failed} diverged"
     one, other = (figure_of(result, losses.get(result.name, {}), claim.figure) for result in (better, worse))
     if one is None or other is None:
-        return f"cannot be told: there is no {claim.figure}"
+        return f"cannot be decided: there is no {claim.figure}"
     chance = chance_of(results, claim.figure)
     compared = f"{claim.figure} {format_figure(one)} against {format_figure(other)}"
     if one - other > (chance or 0):
-        return f"**shows**: {compared}" + ("" if chance is not None else ", one seed each")
+        return f"**confirmed**: {compared}" + ("" if chance is not None else ", one seed each")
     if chance is not None and abs(one - other) <= chance:
-        told = f"cannot be told from chance (another seed changes {format_figure(chance)})"
-        return f"{told}: {compared}. {claim.caveat}".strip()
-    return f"**does not show**: {compared}. {claim.caveat}".strip()
+        return f"not significant (another seed changes {format_figure(chance)}): {compared}. {claim.caveat}".strip()
+    return f"**not confirmed**: {compared}. {claim.caveat}".strip()
 
 
 def chance_of(results: Mapping[str, Result], figure: str) -> float | None:
-    """Tell what another seed changed in the baseline; None where that is not known or not a matter of seeds."""
+    """The change of a baseline's figure by another seed; None if it is not known or does not depend on the seed."""
     pair = [results.get(name) for name in ("baseline", "baseline-again")]
     figures = [figure_of(result, {}, figure) for result in pair if result is not None]
     known = [value for value in figures if value is not None]

@@ -1,8 +1,7 @@
-"""The page of the ablations: what they say about each claim of the article, in its order, with plots.
+"""The page of the ablations: whether they confirm each claim of the article, in its order, with plots.
 
 Writes ablations.md and figures/*.png into a folder, and OUT/log.md, a table for the log of runs. Every figure comes
-from OUT/results.jsonl, the ablations' run folders, or the loss itself; an ablation that was not run is said to be
-not run.
+from OUT/results.jsonl, the ablations' run folders, or the loss itself. An ablation without a result is "not run".
 """
 
 from collections.abc import Mapping
@@ -18,11 +17,11 @@ from training.losses import focal_loss_sum
 from training.presets import ABLATION
 
 SCENARIOS = (("easy, right", 0.9), ("wrong", 0.1), ("very easy, right", 0.99))
-"""The article's, with the probability that the detector gives to what is true."""
+"""The article's scenarios, each with the probability that the detector gives to the true class."""
 
 
 def write_page(out: Path, page: Path, validation_set: CocoDataSet) -> None:
-    """ablations.md and its plots in the folder `page`, and OUT/log.md."""
+    """Write ablations.md and its plots into the folder `page`, and OUT/log.md."""
     results = {result.name: result for result in read_results(out)}
     losses = {ablation.name: dict(read_losses(out, ablation.name)) for ablation in ABLATIONS}
     plots = page / "figures"
@@ -44,8 +43,8 @@ def write_page(out: Path, page: Path, validation_set: CocoDataSet) -> None:
 def scenario_table() -> str:
     """The article's three scenarios, computed by the loss that trains."""
     lines = [
-        "The article's three scenarios, by the loss itself (α .25, γ 2; p is the probability given to the truth; "
-        "background has the weight 1 - α, which the article forgets):",
+        "The article's three scenarios, computed by the loss that trains (α 0.25, γ 2). p is the probability given to "
+        "the truth. Background has the weight 1 - α, which the article forgets.",
         "",
         "| example | p | cross-entropy | focal, foreground | times smaller | focal, background | times smaller |",
         "|---|---|---|---|---|---|---|",
@@ -69,7 +68,7 @@ def loss_of(probability: float, *, foreground: bool, alpha: float, gamma: float)
 
 
 def log_table(results: Mapping[str, Result]) -> str:
-    lines = ["| row | steps | AP | AP50 | minutes | machine | commit |", "|---|---|---|---|---|---|---|"]
+    lines = ["| ablation | steps | AP | AP50 | minutes | machine | commit |", "|---|---|---|---|---|---|---|"]
     for result in results.values():
         ap, ap50 = (figure_of(result, {}, name) for name in ("AP", "AP50"))
         lines.append(
@@ -83,21 +82,24 @@ def _introduction(results: Mapping[str, Result]) -> str:
     baseline = results.get("baseline")
     steps = ABLATION.steps if baseline is None else baseline.steps
     pictures = "" if baseline is None else f"{baseline.num_pictures} "
-    return f"""# The article's claims, on data
+    return f"""# Ablations: the article's claims, on data
 
-`make ablations` writes this page: small training runs that differ in one value each, in the order of the article (*The
-intuition behind RetinaNet*). It goes on where it was stopped. {_status(results)}
+This page checks the claims of the article *The intuition behind RetinaNet*, in its order, by small training runs that
+differ in one value each. `make ablations` runs them and writes the page; when stopped, it continues where it was.
+{_status(results)}
 
-All runs: {ABLATION.model.describe()}; {steps} steps (unless said) of {ABLATION.batch_size} crops of
-{ABLATION.augment.crop_sizes[0]} px, from scratch, on the demo data set (`python -m training demo`) with a shorter side
-of {ABLATION.resize.shorter_side} px, **every object of one class**: whether there is an object is what a detector
-learns first, and these runs are short. AP is COCO's on the {pictures}validation pictures. One seed each; what another
-seed changes is the measure of chance: {_chance_sentence(results)} Milliseconds per picture are the median from pixels
-to detections."""
+- **Model**: {ABLATION.model.describe()}.
+- **Training**: {steps} steps (unless a row says otherwise) of {ABLATION.batch_size} crops of
+  {ABLATION.augment.crop_sizes[0]} px, from scratch, on the demo data set (`python -m training demo`) with a shorter
+  side of {ABLATION.resize.shorter_side} px. All objects have **one class**: a detector first learns whether there is
+  an object, and these runs are short.
+- **AP** is COCO's on the {pictures}validation pictures, of one seed.
+- **Significance**: a difference counts if it is larger than what another seed changes: {_chance_sentence(results)}
+- **Milliseconds per picture** are the median time from pixels to detections."""
 
 
 def _status(results: Mapping[str, Result]) -> str:
-    """Say how much of it was run, where, from what."""
+    """Say how many ablations were run, where, and at which commit."""
     if not results:
         return f"**None of the {len(ABLATIONS)} ablations has been run.**"
     missing = [ablation.name for ablation in ABLATIONS if ablation.name not in results]
@@ -118,14 +120,15 @@ def _section(
     number: int, part: Part, results: Mapping[str, Result], losses: Mapping[str, Mapping[int, float]], plots: Path
 ) -> str:
     lines = [f"## {number}. {part.title}", "", part.text, ""]
-    lines += [f"| row | what | {' | '.join(part.figures)} | ms per picture |", "|---" * (len(part.figures) + 3) + "|"]
+    lines.append(f"| ablation | change | {' | '.join(part.figures)} | ms per picture |")
+    lines.append("|---" * (len(part.figures) + 3) + "|")
     changes = {ablation.name: ablation.change for ablation in ABLATIONS}
     for name in part.ablations:
         result = results.get(name)
         if result is None:
             cells = ["not run", *[""] * len(part.figures)]
         elif result.failure:
-            cells = [f"did not survive: {result.failure}", *[""] * len(part.figures)]
+            cells = [f"diverged: {result.failure}", *[""] * len(part.figures)]
         else:
             cells = [format_figure(figure_of(result, {}, figure)) for figure in (*part.figures, "ms per picture")]
         lines.append(f"| `{name}` | {changes[name]} | {' | '.join(cells)} |")

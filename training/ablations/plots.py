@@ -28,9 +28,9 @@ def plot_shares(checkpoint_file: Path, validation_set: CocoDataSet, file: Path) 
     axes = figure.subplots(1, 2, sharey=True)
     num_pictures = min(SHARES_OF, len(validation_set))
     lines = [
-        f"The cumulative share of the loss, easiest first, by the baseline's model on {num_pictures} pictures, "
-        f"{len(found.foreground):,} foreground and {len(found.background):,} background examples. What the hardest "
-        "hundredth makes:",
+        f"The plots show the cumulative share of the loss, easiest examples first, of the baseline's model on "
+        f"{num_pictures} pictures: {len(found.foreground):,} foreground and {len(found.background):,} background "
+        "examples. The hardest hundredth of the examples has this share:",
         "",
         "| γ | of the foreground's loss | of the background's loss |",
         "|---|---|---|",

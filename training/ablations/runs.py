@@ -2,11 +2,10 @@
 
     python -m training ablations --data DIR --out RUNS
 
-Every ablation is the `ablation` preset with some values changed. It is trained in its own run folder, evaluated, and
-its result appended to OUT/results.jsonl, so a run that is stopped goes on where it stopped: finished ablations are
-skipped, the one under way resumes. At the end (and whenever the command is repeated) the page is written from what
-there is; what was not run is said to be not run. They are listed in ABLATIONS; which of them a claim compares,
-`training.ablations.claims` says.
+Every ablation in ABLATIONS is the `ablation` preset with some values changed. It is trained in its own run folder and
+evaluated, and its result is appended to OUT/results.jsonl. A stopped run continues: finished ablations are skipped, and
+the unfinished one resumes. At the end the page is written from the results that exist. `training.ablations.claims` says
+which ablations a claim compares.
 """
 
 import json
@@ -35,23 +34,23 @@ from training.train import train
 log = logging.getLogger(__name__)
 TIMED_PICTURES = 50
 PYRAMID_SCALES = (192, 256, 320)
-"""Shorter sides, px: 600, 800 and 1,000 in the measure of the preset's 256."""
+"""Shorter sides, px: 600, 800 and 1,000 scaled to the preset's 256."""
 
 
 @dataclass(frozen=True)
 class Ablation:
     name: str
     change: str
-    """In words, for the page."""
+    """The change in words, for the page."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """Values that differ from the preset's, by the names of their flags."""
     model_of: str = ""
-    """The ablation whose model is evaluated; none: this ablation trains its own."""
+    """The ablation whose model is evaluated; empty: this ablation trains its own."""
     scales: tuple[int, ...] = ()
     """Shorter sides of an image pyramid, in the evaluation."""
 
     def config(self, steps: int | None) -> TrainConfig:
-        """steps: at most so many."""
+        """Give the preset with the values changed, of at most `steps` steps."""
         config = override(PRESETS["ablation"], self.values)
         return config if steps is None else replace(config, steps=min(steps, config.steps))
 
@@ -62,28 +61,28 @@ PAPERS_SGD = {
     "schedule": "steps", "milestones": (1.0,), "gradient_clip": 0.0, "ema_decay": 0.0, "head_norm": "none",
     "steps": 100,
 }  # fmt: skip
-"""Without what tames a bad start here: warm-up, clipping, norms in the heads, AdamW."""
+"""The paper's SGD, without warm-up, clipping, norms in the heads and AdamW, which mitigate a bad start."""
 RPN = {**vars(PROPOSAL_LOSS), **vars(PROPOSALS), "head": "shared", "head_convs": 1, "p6_from": "pool"}
 RPN_ANCHORS = {"scales": (1.0,), "lowest_level": 2}
 
 ABLATIONS = (
-    Ablation("baseline", "RetinaNet: FPN, focal loss γ 2 α .25, prior .01, smooth-L1 σ 3"),
-    Ablation("baseline-again", "the baseline with another seed: what chance does", {"seed": 1}),
+    Ablation("baseline", "RetinaNet: FPN, focal loss γ 2 α 0.25, prior 0.01, smooth-L1 σ 3"),
+    Ablation("baseline-again", "the baseline with another seed", {"seed": 1}),
     # 1. the loss
     Ablation("cross-entropy", "cross-entropy: γ 0, no α", CROSS_ENTROPY),
-    Ablation("balanced", "α-balanced cross-entropy: γ 0, α .75", {"focal_gamma": 0.0, "focal_alpha": 0.75}),
+    Ablation("balanced", "α-balanced cross-entropy: γ 0, α 0.75", {"focal_gamma": 0.0, "focal_alpha": 0.75}),
     Ablation("sampled", "cross-entropy on 128 + 128 sampled anchors", {**CROSS_ENTROPY, "sampled_anchors": 256}),
-    Ablation("gamma-0.5", "γ 0.5, α .5", {"focal_gamma": 0.5, "focal_alpha": 0.5}),
-    Ablation("gamma-1", "γ 1, α .25", {"focal_gamma": 1.0}),
-    Ablation("gamma-5", "γ 5, α .25", {"focal_gamma": 5.0}),
+    Ablation("gamma-0.5", "γ 0.5, α 0.5", {"focal_gamma": 0.5, "focal_alpha": 0.5}),
+    Ablation("gamma-1", "γ 1, α 0.25", {"focal_gamma": 1.0}),
+    Ablation("gamma-5", "γ 5, α 0.25", {"focal_gamma": 5.0}),
     # 2. the prior
-    Ablation("no-prior", "prior .5: off", {"prior": 0.5}),
-    Ablation("cross-entropy-no-prior", "cross-entropy, prior .5: off", {**CROSS_ENTROPY, "prior": 0.5}),
+    Ablation("no-prior", "no prior (0.5)", {"prior": 0.5}),
+    Ablation("cross-entropy-no-prior", "cross-entropy, no prior (0.5)", {**CROSS_ENTROPY, "prior": 0.5}),
     Ablation("sgd", "the paper's SGD, 100 steps", PAPERS_SGD),
-    Ablation("sgd-no-prior", "the paper's SGD, 100 steps, prior .5: off", {**PAPERS_SGD, "prior": 0.5}),
+    Ablation("sgd-no-prior", "the paper's SGD, 100 steps, no prior (0.5)", {**PAPERS_SGD, "prior": 0.5}),
     Ablation(
         "sgd-cross-entropy-no-prior",
-        "the paper's SGD, 100 steps, cross-entropy, prior .5: off",
+        "the paper's SGD, 100 steps, cross-entropy, no prior (0.5)",
         {**PAPERS_SGD, **CROSS_ENTROPY, "prior": 0.5},
     ),
     # 3. pyramids
@@ -124,12 +123,12 @@ class Result:
     name: str
     steps: int
     failure: str
-    """The reason why training did not survive; empty: it did."""
+    """The reason why training diverged; empty: it did not."""
     figures: Mapping[str, float]
-    """By the names in FIGURES; none where training did not survive."""
+    """Values by the names in FIGURES; none if training diverged."""
     num_pictures: int
     seconds_per_picture: float
-    """Median over some pictures, decoding apart; 0 where there is no model."""
+    """Median over some pictures, without decoding; 0 if there is no model."""
     minutes: float
     machine: str
     commit: str
@@ -145,9 +144,9 @@ def run_ablations(
     workers: int,
     commit: str,
 ) -> list[Result]:
-    """Run the ablations of these names (none: all) that have no result yet, and return all results there are.
+    """Run the ablations of these names (none: all) that have no result yet, and return all results.
 
-    ValueError: a name is no ablation's, a model was not trained, or results in `out` are of other settings.
+    ValueError: a name is unknown, a model was not trained, or results in `out` have other settings.
     """
     unknown = set(names) - {ablation.name for ablation in ABLATIONS}
     if unknown:

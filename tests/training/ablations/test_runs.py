@@ -123,11 +123,11 @@ CLAIM = Claim("a beats b", "baseline", "balanced", "AP", "A reason.")
     ("others", "says"),
     [
         ([], "not run: balanced"),
-        ([result("balanced", ap=0.1)], r"\*\*shows\*\*: AP 0.200 against 0.100, one seed each"),
-        ([result("balanced", ap=0.3)], r"\*\*does not show\*\*: AP 0.200 against 0.300. A reason."),
-        ([result("balanced", ap=0.19), result("baseline-again", ap=0.22)], "cannot be told from chance"),
-        ([result("balanced", ap=0.1), result("baseline-again", ap=0.22)], r"\*\*shows\*\*"),
-        ([result("balanced", failure="step 3")], "shows: balanced did not survive"),
+        ([result("balanced", ap=0.1)], r"\*\*confirmed\*\*: AP 0.200 against 0.100, one seed each"),
+        ([result("balanced", ap=0.3)], r"\*\*not confirmed\*\*: AP 0.200 against 0.300. A reason."),
+        ([result("balanced", ap=0.19), result("baseline-again", ap=0.22)], "not significant"),
+        ([result("balanced", ap=0.1), result("baseline-again", ap=0.22)], r"\*\*confirmed\*\*"),
+        ([result("balanced", failure="step 3")], r"\*\*confirmed\*\*: balanced diverged"),
     ],
 )
 def test_a_verdict_follows_from_the_figures_and_from_what_chance_does(others: list[Result], says: str) -> None:
