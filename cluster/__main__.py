@@ -1,7 +1,7 @@
 """`python -m cluster detect` detects in any number of pictures, on any number of machines; `coco` makes COCO results.
 
-Exit codes: 0, 1 if some pictures could not be read (their rows say why), 2 if the job cannot be done or go on; what is
-written stays, and the same command goes on from there.
+Exit codes: 0, 1 if some pictures could not be read (their rows say why), 2 if the job cannot start or continue. Written
+rows stay, and the same command continues from them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from service.config import OneLineParser, add_setting_flags, read_settings
 from service.detect import SETTINGS
 
 WRITE_EVERY_SECONDS = 60.0
-STOPPED = "the job stopped, and goes on when it is started again"
+STOPPED = "the job stopped, and continues when it is started again"
 
 
 class Parser(OneLineParser):
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ray.data.exceptions import ExecutionTimeoutError
         from ray.exceptions import RayError
     except ImportError as error:
-        parser.error(f"{error}: it takes the extra [ray], pip install '.[ray]'")
+        parser.error(f"{error}: this needs the extra [ray], pip install '.[ray]'")
     try:
         return _coco(given) if given.command == "coco" else _detect(parser, given)
     except ExecutionTimeoutError as error:
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog=Parser.program, description="Detect in any number of pictures by Ray Data. In [] the default.")
+    parser = Parser(
+        prog=Parser.program, description="Detect in any number of pictures by Ray Data. Defaults are in []."
+    )
     commands = parser.add_subparsers(required=True, dest="command", metavar="detect|coco")
     detect = commands.add_parser("detect", allow_abbrev=False, help="detect in all pictures that have no row yet")
     detect.add_argument("source", metavar="SOURCE", help="a folder or file; s3://BUCKET/PREFIX, gs://BUCKET/PREFIX")
@@ -51,7 +53,7 @@ def _parser() -> Parser:
     detect.add_argument(
         "--address",
         default=os.environ.get("RAY_ADDRESS"),
-        help="a Ray cluster [RAY_ADDRESS, else none: this machine alone]",
+        help="the Ray cluster to use [RAY_ADDRESS, else this machine alone]",
     )
     detect.add_argument("--workers", type=_count, metavar="N", help="detectors at once [one for each CPU or GPU]")
     detect.add_argument(
@@ -59,19 +61,25 @@ def _parser() -> Parser:
         type=float,
         default=WRITE_EVERY_SECONDS,
         metavar="SECONDS",
-        help=f"what is lost at most when the job is killed [{WRITE_EVERY_SECONDS:g}]",
+        help=f"time between two writes, the most that a kill can lose [{WRITE_EVERY_SECONDS:g}]",
     )
     detect.add_argument(
-        "--tile", type=int, metavar="PX", help=f"look at windows of this side, too, {MIN_TILE} to {MAX_TILE} [not]"
+        "--tile",
+        type=int,
+        metavar="PX",
+        help=f"detect in windows of this side too, pixels, {MIN_TILE} to {MAX_TILE} [none]",
     )
     detect.add_argument(
-        "--overlap", type=float, metavar="X", help=f"share that windows have in common, 0 to {MAX_OVERLAP} [{OVERLAP}]"
+        "--overlap",
+        type=float,
+        metavar="X",
+        help=f"share of a window that its neighbour has too, 0 to {MAX_OVERLAP} [{OVERLAP}]",
     )
     add_setting_flags(detect, [name for name in SETTINGS if name != "threads"])
     detect.add_argument("--threads", default=argparse.SUPPRESS, help="CPU threads of one detector [1]")
     coco = commands.add_parser("coco", allow_abbrev=False, help="write the rows as COCO results JSON")
-    coco.add_argument("dest", metavar="DEST", help="what `detect` wrote")
-    coco.add_argument("--out", required=True, type=Path, metavar="FILE", help="the COCO results JSON")
+    coco.add_argument("dest", metavar="DEST", help="the folder or URI that `detect` wrote")
+    coco.add_argument("--out", required=True, type=Path, metavar="FILE", help="write the COCO results JSON here")
     return parser
 
 

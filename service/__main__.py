@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def serve(settings: Settings) -> tuple[int, bool]:
-    """Serve until told to stop; the exit code, and whether a thread is stuck in an inference or in opening a model."""
+    """Serve until told to stop. Return the exit code, and whether a thread is stuck in a run or in opening a model."""
     try:
         listening = listen(settings.host, settings.port)
     except OSError as error:
@@ -134,13 +134,13 @@ class Lifecycle:
         self._server.should_exit = True
 
     def _model_failed(self, reason: str) -> None:
-        """On the loader's thread."""
+        """End the process with an error. Called on the loader's thread."""
         self._failure = reason
         self._loop.call_soon_threadsafe(self._close_listener)
 
     def _model_loaded(self) -> None:
-        """On the loader's thread: what there is now stays, and looking through it for garbage would stop every thread
-        for tens of milliseconds."""
+        """Freeze the objects that exist now: a garbage collection over them would stop every thread for tens of
+        milliseconds. Called on the loader's thread."""
         gc.collect()
         gc.freeze()
 
@@ -150,7 +150,7 @@ def build_service(
     open_detector: Callable[[Path], Detector] | None = None,
     decoders: Decoders | None = None,
 ) -> Service:
-    """Make the parts of the service and start none. What is not given is made as the settings say."""
+    """Make the parts of the service without starting them. The settings define those that are not given."""
     metrics = Metrics()
     decode_threads = settings.decode_threads or available_cores()
     budget = Budget.of(decode_threads)
@@ -224,14 +224,14 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; of `::` for both families. OSError: the address is not one of this machine, or in use."""
+    """Open a listening socket; `::` serves IPv4 and IPv6. OSError: the address is not this machine's, or in use."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
 
 
 def failed(reason: str, settings: Settings) -> int:
-    """Say why in one line."""
+    """Print the reason on one line."""
     sys.stderr.write(error_line(PROGRAM, reason, settings.log_format))
     return USAGE_ERROR
 

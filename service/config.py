@@ -1,9 +1,8 @@
-"""Every setting of the service: a flag, an environment variable RETINASERVE_<NAME>, a default. A flag wins over the
-environment.
+"""The service's settings. Each has a flag, an environment variable RETINASERVE_<NAME> and a default; the flag wins.
 
-`Settings` is the only list of them: the flags and `--help` are made from its fields. An unknown flag or RETINASERVE_
-variable, or a value out of range, is one line on standard error and exit code 2. Sizes take units (`20MiB`); lists are
-separated by commas.
+`Settings` is their only list: the flags and `--help` are made from its fields. An unknown flag or RETINASERVE_
+variable, or a value out of range, prints one line on standard error and exits with code 2. Sizes take units (`20MiB`);
+lists are separated by commas.
 """
 
 import argparse
@@ -26,7 +25,7 @@ PROGRAM = "python -m service"
 SERVICE_LINK = re.compile(
     rf"{ENV_PREFIX}(PORT=(tcp|udp|sctp)://.*|SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)"
 )
-"""Variables that Kubernetes puts into every pod beside a Service called retinaserve: no settings."""
+"""Variables that Kubernetes sets in every pod for a Service named retinaserve; they are not settings."""
 
 MIB = 1024 * 1024
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,14 +36,14 @@ ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 SHOWN_FILES = 3
 MAX_BATCH_IMAGES = 16
-"""Images of one request."""
+"""Most images of one request."""
 DetectionCount = Annotated[int, Field(ge=1, le=5000)]
 OPTION_TEXTS = {
-    "score_threshold": "keep detections that score above it",
-    "nms_threshold": "per class drop the lower scoring of two boxes of a larger IoU",
-    "max_detections": "keep this many, the best",
+    "score_threshold": "keep detections with a higher score",
+    "nms_threshold": "of two boxes of one class with a larger IoU, drop the one with the lower score",
+    "max_detections": "keep at most this many detections, the best",
 }
-"""For the help of the settings, and for the OpenAPI document of the parameters that win over them."""
+"""Help texts of the settings, and of the query parameters that override them in the OpenAPI document."""
 
 
 class Settings(BaseSettings):
@@ -52,20 +51,20 @@ class Settings(BaseSettings):
 
     model: Path | None = Field(
         None,
-        description="the .onnx file to serve, or a folder that holds one [the demo model, int8 where that ships and "
-        "the CPU is fast at it]",
+        description="the .onnx file to serve, or a folder with exactly one [the demo model, in int8 on a CPU with VNNI "
+        "or AMX]",
     )
     model_name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,128}$",
-        description="the model's name in answers, metrics and /v2 [the model file's]",
+        description="the model's name in answers, metrics and /v2 [the name in the model file]",
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, :: for IPv6 too")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    device: Device = Field("auto", description="auto uses CUDA where it works and says so; cuda fails without it")
+    device: Device = Field("auto", description="auto uses CUDA if it works, else the CPU; cuda fails without CUDA")
     threads: int | None = Field(None, ge=1, description="CPU threads of one inference [the cores available]")
     gpu_memory_limit_bytes: ByteSize | None = Field(
-        None, gt=0, description="GPU memory for all sessions [0.8 of what is free at start]"
+        None, gt=0, description="GPU memory for all sessions [0.8 of the free memory at start]"
     )
 
     score_threshold: Share | None = Field(None, description=f"{OPTION_TEXTS['score_threshold']} [the model file's]")
@@ -74,78 +73,78 @@ class Settings(BaseSettings):
         None, description=f"{OPTION_TEXTS['max_detections']} [the model file's]"
     )
 
-    max_image_bytes: ByteSize = Field(ByteSize(20 * MIB), gt=0, description="largest encoded image")
-    max_image_pixels: int = Field(MAX_PIXELS, gt=0, description="largest image in pixels, width times height")
+    max_image_bytes: ByteSize = Field(ByteSize(20 * MIB), gt=0, description="largest encoded image, bytes")
+    max_image_pixels: int = Field(MAX_PIXELS, gt=0, description="largest image, pixels (width times height)")
     max_upload_bytes_in_flight: ByteSize = Field(
         ByteSize(256 * MIB),
         gt=0,
-        description="bound on the bytes of all requests being received or answered, and of one batch; at most an "
-        "eighth of the memory for requests, see docs/security.md",
+        description="most bytes of all bodies being received or answered, and of one batch; the memory for requests "
+        "may lower it, see docs/security.md",
     )
     upload_timeout_seconds: PositiveSeconds = Field(10, description="time for a request's body to arrive")
     write_timeout_seconds: PositiveSeconds = Field(
-        30, description="an answer of which its client takes no byte for this long is given up"
+        30, description="time without a byte taken by the client, after which an answer is given up"
     )
-    keep_alive_seconds: PositiveSeconds = Field(75, description="time that an idle connection is kept for a request")
+    keep_alive_seconds: PositiveSeconds = Field(75, description="time that an idle connection stays open")
 
-    max_tiles: int = Field(256, ge=1, description="windows of a picture that a request's tile may make; more get 422")
-    queue_capacity: int = Field(32, ge=1, description="images admitted and not yet through the device; more get 429")
+    max_tiles: int = Field(256, ge=1, description="most windows of a picture with tiles; more get 422")
+    queue_capacity: int = Field(32, ge=1, description="images that may wait or run at once; more get 429")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="images per inference [1 on the CPU, 8 on CUDA]")
     runs_at_once: int | None = Field(
         None,
         ge=1,
         le=8,
-        description="full batches on the device at once, on the CPU while images wait [2; on the CPU, of a model file "
-        "over 64 MiB, 1]",
+        description="batches on the device at once; on the CPU under concurrent load only [2; on the CPU with a model "
+        "file over 64 MiB, 1]",
     )
     max_batch_delay_seconds: Seconds = Field(0, description="time to wait for a batch to fill while the device is free")
     request_timeout_seconds: PositiveSeconds = Field(
-        30, description="time from a complete body to its answer, else 504"
+        30, description="time from a complete body to the answer; later is 504"
     )
     decode_threads: int | None = Field(None, ge=1, description="threads that decode and resize [the cores available]")
 
-    drain_delay_seconds: Seconds = Field(5, description="after SIGTERM: not ready, but serving, for this long")
+    drain_delay_seconds: Seconds = Field(
+        5, description="time after SIGTERM in which the service is not ready but still serves"
+    )
     model_sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="refuse a model file of another hash [any]"
+        None, pattern="^[0-9a-f]{64}$", description="hash that the model file must have [any]"
     )
     model_load_timeout_seconds: PositiveSeconds = Field(
-        300, description="time for a model file to be opened and warmed up, else it is refused"
+        300, description="time to open and warm up a model file; later it is refused"
     )
-    model_poll_seconds: Seconds = Field(
-        5, description="look for a changed model file this often; 0 never (SIGHUP still does)"
-    )
+    model_poll_seconds: Seconds = Field(5, description="time between looks for a changed model file; 0: only at SIGHUP")
 
     api_keys: Annotated[tuple[SecretStr, ...], CommaSeparated] = Field(
-        (), description="keys of which a client needs one, ASCII without spaces or commas [open]"
+        (), description="keys, of which a client must send one; ASCII without spaces or commas [open]"
     )
     api_keys_file: Path | None = Field(
-        None, description="file of more keys, a line NAME:KEY each, 16 characters at least, read again when it changes"
+        None, description="file of more keys, one line NAME:KEY each, 16 characters at least; read again on a change"
     )
     cors_origins: Annotated[tuple[str, ...], CommaSeparated] = Field(
-        (), description="web origins that may call it [none]"
+        (), description="web origins whose pages may call the service [none]"
     )
     root_path: str | None = Field(
         None,
         pattern=r"^(/[A-Za-z0-9._~-]+)+$",
-        description="the path below which a proxy shows the service, such as /detector; for the OpenAPI document",
+        description="path prefix below which a proxy serves the API, such as /detector; for the OpenAPI document",
     )
     docs: bool = Field(True, description="serve /docs and /openapi.json: true or false")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="auto is text on a terminal, else JSON lines"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs the probes too")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs probes too")
     ssl_certfile: Path | None = Field(None, description="TLS certificate chain, PEM [plain HTTP]")
-    ssl_keyfile: Path | None = Field(None, description="its private key, PEM")
+    ssl_keyfile: Path | None = Field(None, description="private key of the certificate, PEM")
 
     @property
     def model_file(self) -> Path:
-        """The file that `model` names, or the demo model's best one for this machine."""
+        """The file that `model` names, or the demo model's file that suits this machine best."""
         return self.model or demo_model(self.device)
 
     @field_validator("model")
     @classmethod
     def _folder_holds_one(cls, model: Path | None) -> Path | None:
-        """The file to serve. A path that cannot be looked at is told of when it is opened."""
+        """Take the one file of a folder. A path that cannot be read fails later, when it is opened."""
         try:
             if model is None or not model.is_dir():
                 return model
@@ -214,9 +213,9 @@ def add_setting_flags(parser: argparse.ArgumentParser, names: Collection[str] = 
 
 
 def read_settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Settings:
-    """The settings from these flags and the environment; exits with code 2 and one line if one is wrong.
+    """Read the settings from these flags and the environment; if one is wrong, print one line and exit with code 2.
 
-    Service links are taken out of the environment.
+    Kubernetes' service links are removed from the environment.
     """
     flags = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
@@ -237,8 +236,8 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
         usage=f"{PROGRAM} [--SETTING VALUE …]",
         allow_abbrev=False,
         description="Serve a detector over HTTP. Every flag is also an environment variable: "
-        f"--max-image-bytes is {ENV_PREFIX}MAX_IMAGE_BYTES. In [] the default.",
-        epilog=f"`{PROGRAM} detect --help`: detect in files, without a server.",
+        f"--max-image-bytes is {ENV_PREFIX}MAX_IMAGE_BYTES. Defaults are in [].",
+        epilog=f"`{PROGRAM} detect` detects in files, without a server; see its --help.",
     )
     add_setting_flags(parser)
     return read_settings(parser, parser.parse_args(arguments))
@@ -254,7 +253,7 @@ def _metavar(name: str) -> str:
 
 
 def shown_default(name: str) -> str:
-    """The default of a setting as help texts show it; empty where there is none, or where the description says it."""
+    """Show the default of a setting in help texts; empty if there is none, or if the description has it."""
     default = Settings.model_fields[name].default
     if default is None or default == ():
         return ""

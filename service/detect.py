@@ -1,9 +1,9 @@
 """`python -m service detect`: detect in files, in process, by the same code that serves.
 
-In: image files, and folders searched for images: what ends like one, or begins like one. Out: COCO results JSON (boxes
-xywh in pixels of the upright picture; `image_id` is the file's stem where that is an integer, else its name), and the
-pictures with the boxes drawn. Files are written under a temporary name and renamed; none of them replaces a file that
-is read. A file that is not read or not drawn, for whatever reason, does not keep the others from it.
+In: image files, and folders, which are searched for files whose name or first bytes are an image's. Out: COCO results
+JSON (boxes xywh in pixels of the upright picture; `image_id` is the file's stem if that is an integer, else its name),
+and the pictures with the boxes drawn. Files are written under a temporary name and renamed; none of them replaces a
+file that is read. A file that cannot be read or drawn does not affect the others.
 
 Exit codes: 0, 1 if some files could not be read or drawn, 2 if nothing could be done.
 """
@@ -84,35 +84,44 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=f"{PROGRAM} detect",
         allow_abbrev=False,
-        description="Detect objects in files. In [] the default.",
+        description="Detect objects in files. Defaults are in [].",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="files, or folders of files")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the COCO results JSON here [standard output]")
-    parser.add_argument("--draw", type=Path, metavar="DIR", help="write the pictures with the boxes drawn here [not]")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="write the pictures with the boxes drawn here [none]")
     parser.add_argument(
-        "--tile", type=int, metavar="PX", help=f"look at windows of this side, too, {MIN_TILE} to {MAX_TILE} [not]"
+        "--tile",
+        type=int,
+        metavar="PX",
+        help=f"detect in windows of this side too, pixels, {MIN_TILE} to {MAX_TILE} [none]",
     )
     parser.add_argument(
-        "--overlap", type=float, metavar="X", help=f"share that windows have in common, 0 to {MAX_OVERLAP} [{OVERLAP}]"
+        "--overlap",
+        type=float,
+        metavar="X",
+        help=f"share of a window that its neighbour has too, 0 to {MAX_OVERLAP} [{OVERLAP}]",
     )
     parser.add_argument(
         "--label-studio",
         type=Path,
         metavar="FILE",
-        help="write tasks that Label Studio imports, with boxes, here [not]",
+        help="write tasks with boxes for Label Studio here [none]",
     )
     parser.add_argument(
-        "--label-config", type=Path, metavar="FILE", help="the XML of their project [names label and image, any label]"
+        "--label-config",
+        type=Path,
+        metavar="FILE",
+        help="the Label Studio project's configuration, XML [the names label and image, every label]",
     )
     parser.add_argument(
-        "--image-url", metavar="URL", help=f"what stands before a picture's name in its address [{LOCAL_FILES}]"
+        "--image-url", metavar="URL", help=f"beginning of a picture's address in the tasks [{LOCAL_FILES}]"
     )
     add_setting_flags(parser, SETTINGS)
     return parser
 
 
 def _label_config(given: argparse.Namespace) -> LabelConfig | None:
-    """None: no tasks are wanted. ValueError: the file is no label configuration, or is given for nothing."""
+    """Read the label configuration; None: no tasks are wanted. ValueError: it is invalid, or given without tasks."""
     if given.label_studio is None:
         if given.label_config is not None or given.image_url is not None:
             raise ValueError("--label-config and --image-url go with --label-studio")
@@ -121,8 +130,8 @@ def _label_config(given: argparse.Namespace) -> LabelConfig | None:
 
 
 def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collections.Counter[str]]:
-    """(file, name relative to the folder given) of each image, folders searched to the bottom, in order of name; and
-    how many files of which kind are none.
+    """Return (file, name relative to the given folder) of each image, in order of name, with all subfolders; and the
+    number of other files by kind.
 
     ValueError: a path does not exist, or a folder has no image.
     """
@@ -146,7 +155,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], collect
 
 
 def other_kind(file: Path) -> str | None:
-    """Name a file that neither ends nor begins like an image; None: it does."""
+    """Name the kind of a file whose name and first bytes are not an image's; None: it is an image."""
     if file.suffix.lower() in SUFFIXES:
         return None
     try:
@@ -169,8 +178,11 @@ def detect_files(
     detector: Detector, files: Sequence[tuple[Path, Path]], settings: Settings, drawings: Sequence[Path] = (),
     tiling: Tiling | None = None, tasks: Tasks | None = None,
 ) -> tuple[list[dict[str, Any]], list[Path]]:  # fmt: skip
-    """COCO results of all files, and the files that could not be read or drawn. `drawings`: where to, one for each
-    file, or none at all. `tasks` gets each file that was read. ValueError: two files have one image_id."""
+    """Return the COCO results of all files, and the files that could not be read or drawn.
+
+    `drawings` has the path of each file's drawing, or is empty. `tasks` gets each file that was read. ValueError: two
+    files have one image_id.
+    """
     results: list[dict[str, Any]] = []
     failed: list[Path] = []
     owners: dict[int | str, Path] = {}
@@ -201,7 +213,7 @@ def detect_files(
 
 
 def read_image(path: Path, settings: Settings) -> bytes:
-    """The file's bytes. InvalidImage: it is no regular file, or larger than any picture of the allowed pixels."""
+    """Return the file's bytes. InvalidImage: it is no regular file, or larger than a picture of the allowed pixels."""
     if not path.is_file():
         raise InvalidImage("it is no regular file")
     with path.open("rb") as file:
@@ -211,12 +223,12 @@ def read_image(path: Path, settings: Settings) -> bytes:
 
 
 def max_file_bytes(settings: Settings) -> int:
-    """The most bytes that a picture of the allowed pixels has."""
+    """Return the most bytes that a picture of the allowed pixels has."""
     return settings.max_image_pixels * MAX_BYTES_PER_PIXEL + MAX_OTHER_BYTES
 
 
 def refuse_giant(num_bytes: int, settings: Settings) -> None:
-    """InvalidImage: a file of so many bytes is larger than any picture of the allowed pixels."""
+    """Raise InvalidImage if a file of so many bytes is larger than a picture of the allowed pixels."""
     if num_bytes > (most := max_file_bytes(settings)):
         raise InvalidImage(f"it has more than {most} bytes, which no picture needs that is allowed")
 
@@ -226,7 +238,7 @@ def image_id_of(path: Path) -> int | str:
 
 
 def drawing_of(path: Path) -> Path:
-    """Choose where a picture of this name is drawn to: a JPEG's name is kept, others get .png added."""
+    """Return the path of a picture's drawing: a JPEG keeps its name, others get .png added."""
     return path if path.suffix.lower() in JPEG_SUFFIXES else path.with_name(path.name + ".png")
 
 
@@ -245,7 +257,7 @@ def _write_results(results: list[dict[str, Any]], path: Path | None) -> None:
 
 
 def rounded(result: dict[str, Any]) -> dict[str, Any]:
-    """For people's files: boxes to a thousandth of a pixel, scores to six digits."""
+    """Round for a readable file: boxes to a thousandth of a pixel, scores to six digits."""
     return result | {"bbox": [round(side, 3) for side in result["bbox"]], "score": round(result["score"], 6)}
 
 

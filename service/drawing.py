@@ -1,4 +1,4 @@
-"""Detections drawn onto their picture. Line width and letters grow with the picture, so that both stay readable."""
+"""Drawing detections onto their picture. Line width and letters grow with the picture, so that both stay readable."""
 
 import io
 from typing import Literal
@@ -10,20 +10,20 @@ from model.types import Detections, Pixels
 PictureFormat = Literal["png", "jpeg"]
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
-"""By class id, in turn; white letters are readable on each."""
+"""Colours by class id, in turn; white letters are readable on each."""
 JPEG_QUALITY = 90
 BYTES_PER_PIXEL = 3
-"""The most that an encoded drawing takes: noise as PNG."""
+"""Most bytes per pixel of an encoded drawing: noise as PNG."""
 MAX_JPEG_SIDE = 65_500
 """libjpeg's limit."""
 
 
 class SideTooLong(ValueError):
-    """JPEG cannot hold a picture with such a side: take PNG."""
+    """JPEG cannot hold a picture with such a side: use PNG."""
 
 
 def draw(pixels: Pixels, detections: Detections, label_names: dict[int, str]) -> Image.Image:
-    """The picture with a box and "label score" for each detection, the best on top. Boxes in pixels of `pixels`."""
+    """Draw a box and "label score" for each detection, the best on top. Boxes are in pixels of `pixels`."""
     picture = Image.fromarray(pixels)
     pen = ImageDraw.Draw(picture)
     shorter_side = min(picture.size)
@@ -45,7 +45,7 @@ def check_sides(size: tuple[int, int], picture_format: PictureFormat) -> None:
 
 
 def encode_picture(picture: Image.Image, picture_format: PictureFormat) -> bytes:
-    """The picture as a file. SideTooLong: this format cannot hold it."""
+    """Encode the picture. SideTooLong: this format cannot hold it."""
     check_sides((picture.height, picture.width), picture_format)
     buffer = io.BytesIO()
     if picture_format == "png":
@@ -62,7 +62,7 @@ def _write(
     colour: str,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """A filled label above the box's upper left corner, or inside where there is no room above or to the right."""
+    """Write a filled label above the box's upper left corner, or inside if there is no room above or to the right."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     text_width, text_height = right + left, bottom + top
     picture_width, _ = pen.im.size

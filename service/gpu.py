@@ -1,6 +1,6 @@
-"""GPU metrics from NVML, sampled on a thread of their own: a scrape never waits for the driver.
+"""GPU metrics from NVML, sampled on a thread of their own, so that a scrape never waits for the driver.
 
-Device-level only: in containers NVML cannot tell processes apart. Where NVML does not answer there are no such series.
+The metrics are those of whole devices: in containers NVML cannot tell processes apart. Without NVML they do not exist.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ class GpuGauges:
         self._missing: set[tuple[str, str]] = set()
 
     def sample(self, nvml: Any) -> None:
-        """Read every GPU now, each figure on its own: a MIG slice has no utilisation. What cannot be read is said once.
+        """Read every GPU, each metric by itself: a MIG slice has no utilisation. A missing metric is logged once.
 
-        Raises NVML's error where a GPU itself cannot be had.
+        Raises NVML's error if a GPU cannot be opened.
         """
         figures: dict[str, Callable[[Any, Any, tuple[str, str]], None]] = {
             "memory": self._read_memory,
@@ -85,7 +85,7 @@ class GpuGauges:
 
 @contextlib.contextmanager
 def sample_gpus(metrics: Metrics, nvml: Any = pynvml) -> Iterator[None]:
-    """Keep the GPU gauges fresh meanwhile, if NVML answers."""
+    """Keep the GPU gauges up to date within this context, if NVML answers."""
     if nvml is None or not _starts(nvml):
         yield
         return

@@ -1,8 +1,8 @@
-"""Label Studio tasks with what the detector found, to begin an annotation with: `service detect --label-studio`.
+"""Label Studio tasks with detections, from which an annotation can start: `service detect --label-studio`.
 
-In: detections of a picture. Out: the JSON that a project imports, a task for each picture with its prediction. Label
-Studio's boxes are in percent of the upright picture. The names of its tags and labels come from the project's label
-configuration (https://labelstud.io/tags/rectanglelabels): labels that it has not are skipped and counted.
+In: detections of pictures. Out: the JSON that a project imports, with a task and its prediction for each picture. Label
+Studio's boxes are in percent of the upright picture. The names of tags and labels come from the project's label
+configuration (https://labelstud.io/tags/rectanglelabels); labels that it lacks are skipped and counted.
 """
 
 import collections
@@ -19,31 +19,31 @@ from model.detector import Detector
 from model.types import Detections
 
 LOCAL_FILES = "/data/local-files/?d="
-"""The address of Label Studio's local files, before a path below LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT."""
+"""Beginning of the address of Label Studio's local files; a path below its DOCUMENT_ROOT follows."""
 URL_BEGINNINGS = ("/", "http://", "https://")
-"""Addresses in which names are escaped; in those of a bucket (s3://) they stand as they are."""
+"""Beginnings of addresses in which names are escaped; in a bucket's (s3://) they are not."""
 PERCENT_DECIMALS = 5
 SCORE_DECIMALS = 6
 
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """The names that a project's label configuration gives its tags."""
+    """The names in a project's label configuration."""
 
     rectangles: str = "label"
     image: str = "image"
     key: str = "image"
-    """The key of a task's data that holds the picture's address."""
+    """Key of a task's data that holds the picture's address."""
     labels: Mapping[str, str] | None = None
-    """Its labels by their names in lower case; None: it takes any."""
+    """The project's labels by their names in lower case; None: it takes any."""
 
     def label_of(self, name: str) -> str | None:
-        """The label that the project has for the model's, in whatever case; None: it has none."""
+        """Return the project's label for the model's, in any case; None: it has none."""
         return name if self.labels is None else self.labels.get(name.casefold())
 
 
 def read_label_config(path: Path) -> LabelConfig:
-    """Read a project's label configuration, XML. ValueError: it is none that boxes fit into. OSError."""
+    """Read a project's label configuration, XML. ValueError: it is invalid or has no tag for boxes. OSError."""
     try:
         root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -58,7 +58,7 @@ def read_label_config(path: Path) -> LabelConfig:
 
 
 class Tasks:
-    """The tasks of one run. `image_url` stands before each picture's name."""
+    """The tasks of one run. `image_url` is the beginning of each picture's address."""
 
     def __init__(self, detector: Detector, config: LabelConfig, image_url: str = LOCAL_FILES) -> None:
         self._config = config
@@ -67,10 +67,10 @@ class Tasks:
         self._model_version = f"{detector.metadata.name}-{detector.sha256[:12]}"
         self._tasks: list[dict[str, Any]] = []
         self.skipped: collections.Counter[str] = collections.Counter()
-        """Detections by the label that the project has not."""
+        """Numbers of detections by labels that the project lacks."""
 
     def add(self, name: Path, size: tuple[int, int], detections: Detections) -> None:
-        """Add a picture. size: height, width; boxes in its pixels."""
+        """Add a picture. `size` is (height, width); boxes are in its pixels."""
         regions = []
         for number, (box, score, class_id) in enumerate(
             zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Logs: JSON lines for machines, plain lines for a terminal, on standard error. No image data, no secrets.
 
-A record's own values travel in `extra={"fields": {...}}`. Writing happens on a thread of its own, so that a slow
-reader of standard error cannot stall the event loop; each line is written as it comes.
+A record's own values are in `extra={"fields": {...}}`. A thread of its own writes, so that a slow reader of standard
+error cannot stall the event loop. Each line is written at once.
 """
 
 import json
@@ -39,7 +39,7 @@ class TextLines(logging.Formatter):
 
 
 class Handover(QueueHandler):
-    """Passes records on as they are; while nobody reads what is written, lines are lost rather than memory."""
+    """Passes records on unchanged; if the writer cannot keep up, it drops lines instead of holding memory."""
 
     queue: "SimpleQueue[logging.LogRecord]"
 
@@ -52,7 +52,7 @@ class Handover(QueueHandler):
 
 
 def printable(text: str) -> str:
-    """The text with its control characters, line ends among them, spelled out: no file's name shall move a cursor."""
+    """Spell out control characters, line ends too, so that no file name can control a terminal."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
@@ -62,7 +62,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def error_line(program: str, reason: str, log_format: str) -> str:
-    """The last line before exit code 2: JSON where that was asked for, so that whoever gathers logs sees the error."""
+    """Make the last line before exit code 2: JSON if that is the log format, so that log collectors see the error."""
     text = printable(f"{program}: error: {reason}")
     if log_format == "json":
         text = JsonLines().format(logging.makeLogRecord({"levelname": "ERROR", "msg": text}))
@@ -70,7 +70,7 @@ def error_line(program: str, reason: str, log_format: str) -> str:
 
 
 def start_logging(log_format: LogFormat, level: str) -> QueueListener:
-    """Send every log of this process to standard error in one form; stop the listener to write what waits."""
+    """Send all logs of this process to standard error in one format; stop the listener to write waiting lines."""
     handler = logging.StreamHandler(sys.stderr)
     text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextLines() if text else JsonLines())

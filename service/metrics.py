@@ -1,9 +1,9 @@
-"""Every number that Prometheus reads: one registry, base units, closed label sets, every series there from the start.
+"""All Prometheus metrics: one registry, base units, closed label sets, every series present from the start.
 
-`route` is the template ("/detect"), for an unknown path "<unmatched>"; methods that the route has not are "<other>";
-HEAD counts as GET. Statuses that a request can get wherever it goes, such as 414, are of "<other>" and "<unmatched>".
-Histograms have buckets where an alert or the dashboard reads them; of the rest sums and counts are kept.
-Stage and request durations are observed for images and requests that were answered.
+`route` is the template ("/detect"), or "<unmatched>" for an unknown path. A method that the route lacks is "<other>";
+HEAD counts as GET. A status that any request can get, such as 414, has "<other>" and "<unmatched>". A histogram has
+buckets if an alert or the dashboard reads them, else only its sum and count. Stage and request durations are those of
+answered images and requests.
 """
 
 import socket
@@ -51,14 +51,14 @@ class HttpMetrics:
         duration = "Time from a detection request's headers to its answer."
         self.duration = Summary("http_request_duration_seconds", duration, labels, registry=registry)
         self._known: set[tuple[str, str, int]] = set()
-        """Method, route and status of what has series."""
+        """Method, route and status of each series."""
         self._timed: set[tuple[str, str]] = set()
         self.in_flight = Gauge("http_requests_in_flight", "HTTP requests being answered.", registry=registry)
         size = "Bytes of detection requests' bodies."
         self.request_size = Summary("http_request_size_bytes", size, registry=registry)
 
     def make_series(self, method: str, route: str, statuses: Iterable[int], *, timed: bool = False) -> None:
-        """Create the series of a route: the statuses that a method can have, and whether its durations are kept."""
+        """Create the series of a route's method: one for each status and, if `timed`, its durations."""
         if timed:
             self._timed.add((method, route))
             self.duration.labels(method, route)
@@ -81,7 +81,11 @@ class DecoderMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.processes = Gauge("decoder_processes", "Decoders alive.", namespace=NAMESPACE, registry=registry)
         self.kills = Counter(
-            "decoder_kills_total", "Killed, or found dead.", ["reason"], namespace=NAMESPACE, registry=registry
+            "decoder_kills_total",
+            "Decoders that were killed, or died.",
+            ["reason"],
+            namespace=NAMESPACE,
+            registry=registry,
         )
 
 
@@ -94,17 +98,17 @@ class Metrics:
         summary = partial(Summary, namespace=NAMESPACE, registry=registry)
         info = partial(Info, namespace=NAMESPACE, registry=registry)
 
-        self.requests = counter("requests_total", "Detection requests, once each, a batch too.", ["outcome"])
+        self.requests = counter("requests_total", "Detection requests; a batch counts once.", ["outcome"])
         self.stage_duration = histogram(
             "stage_duration_seconds",
-            "Time of one image in each stage, of images that were answered.",
+            "Time of an answered image in each stage.",
             ["stage"],
             buckets=STAGE_SECONDS,
         )
         self._stage_durations = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         self.request_duration = histogram(
             "request_duration_seconds",
-            "Time from request to encoded answer, of answered requests.",
+            "Time from a request to its encoded answer, for answered requests.",
             buckets=REQUEST_SECONDS,
         )
         self.batch_size = summary("batch_size", "Images in each run of the device.")
@@ -113,8 +117,8 @@ class Metrics:
         self.image_pixels = summary("image_pixels", "Pixels of each image answered.")
         self.detections_per_image = summary("detections_per_image", "Detections of each image answered.")
 
-        self.queue_depth = gauge("queue_depth", "Places taken: images admitted and not yet through the device.")
-        self.queue_capacity = gauge("queue_capacity", "Places there are: images beyond are refused with 429.")
+        self.queue_depth = gauge("queue_depth", "Images that hold a place: admitted and not yet run.")
+        self.queue_capacity = gauge("queue_capacity", "Places of the queue; more images get 429.")
         self.upload_bytes_in_flight = gauge("upload_bytes_in_flight", "Bytes of bodies that have begun to arrive.")
         self.requests_running = gauge("requests_running", "Images on the device now.")
 
@@ -125,7 +129,9 @@ class Metrics:
         self.ready = gauge("ready", "1 while /readyz answers 200.")
         self.provider_fallback = gauge("provider_fallback", "1 if a GPU was wanted and the CPU computes.")
         self.model_load_seconds = gauge("model_load_seconds", "Time to open and verify the model that serves.")
-        self.model_wanted_differs = gauge("model_wanted_differs", "1 while what serves is not the file that is wanted.")
+        self.model_wanted_differs = gauge(
+            "model_wanted_differs", "1 while the model that serves is not the wanted file."
+        )
         self.warmup_seconds = gauge("warmup_seconds", "Time to warm up the model that serves.")
         self.model_reloads = counter("model_reloads_total", "Reloads of the model.", ["outcome"])
         self.device_errors = counter("device_errors_total", "Runs that failed.", ["kind"])
@@ -135,7 +141,7 @@ class Metrics:
         self._make_series()
 
     def _make_series(self) -> None:
-        """Make every value of the labels, so that rates have a zero to begin with, and the process's own series."""
+        """Make the series of every label value, so that rates begin at zero, and the process's own series."""
         for metric, values in (
             (self.requests, get_args(Outcome)),
             (self.model_reloads, RELOAD_OUTCOMES),
@@ -163,7 +169,7 @@ class Metrics:
         self.detections_per_image.observe(detections)
 
     def text(self) -> bytes:
-        """Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

@@ -1,11 +1,11 @@
-"""Rules for what a command writes: it replaces nothing that it reads, and nothing that is no regular file."""
+"""Rules for a command's outputs: it replaces no file that it reads, and nothing but regular files."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 
 def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """ValueError: an output is an input, by whatever path or link, is another output, or is there and is no file."""
+    """Raise ValueError if an output is an input (by any path or link), another output, or exists and is not a file."""
     kept = {identity for path in inputs if (identity := _identity(path)) is not None}
     taken: set[Path] = set()
     for output in outputs:
@@ -19,7 +19,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Tell one file from another, whatever its names; None: there is no such file."""
+    """Identify a file, by any of its names; None: it does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -32,9 +32,9 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_anchors(commands: Commands) -> None:
-    parser = _command(commands, "anchors", "whether a recipe's anchors fit a data set, and better ones")
+    parser = _command(commands, "anchors", "say whether a recipe's anchors fit a data set, and suggest better ones")
     _add_data(parser)
-    parser.add_argument("--split", choices=("train", "val"), default="train", help="whose objects")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="split whose objects count")
     _add_recipe(parser)
 
 
@@ -46,26 +46,30 @@ def _add_train(commands: Commands) -> None:
         "--init",
         type=Path,
         metavar="CHECKPOINT.pt",
-        help="start from its weights and architecture, with the data set's classes; `import` makes one of COCO's",
+        help="start from this checkpoint's weights and architecture, with the data set's classes; `import` makes a "
+        "checkpoint of COCO weights",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that load samples, for each that trains; 0: none; default: its share of the cores, at most 16",
+        help="loading processes for each training process; 0: none; default: its share of the cores, at most 16",
     )
     _add_device(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from last.pt if there is one")
     _add_recipe(parser)
 
 
 def _add_evaluate(commands: Commands) -> None:
-    parser = _command(commands, "evaluate", "COCO AP of a checkpoint or an ONNX file")
+    parser = _command(commands, "evaluate", "print the COCO AP of a checkpoint or an ONNX file")
     _add_data(parser, "; its val split is used")
     parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt or FILE.onnx")
     parser.add_argument("--images", type=int, default=0, help="only the first N pictures; 0: all")
     parser.add_argument(
-        "--unreadable", choices=("stop", "skip"), default="stop", help="what a picture that cannot be read does"
+        "--unreadable",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop at a picture that cannot be read, or skip it",
     )
     parser.add_argument(
         "--scales",
@@ -75,14 +79,12 @@ def _add_evaluate(commands: Commands) -> None:
         help="shorter sides of an image pyramid, such as 600,800,1000; default: the model's own size alone",
     )
     parser.add_argument(
-        "--tile", type=int, metavar="PX", help=f"look at windows of this side, too, {MIN_TILE} to {MAX_TILE}"
+        "--tile", type=int, metavar="PX", help=f"detect in windows of this side too, pixels, {MIN_TILE} to {MAX_TILE}"
     )
     parser.add_argument(
-        "--overlap", type=float, metavar="X", help=f"share that they have in common; default: {OVERLAP}"
+        "--overlap", type=float, metavar="X", help=f"share of a window that its neighbour has too; default: {OVERLAP}"
     )
-    parser.add_argument(
-        "--class-agnostic", action="store_true", help="what an object is called does not count, as of proposals"
-    )
+    parser.add_argument("--class-agnostic", action="store_true", help="ignore classes, as for proposals")
     _add_device(parser)
 
 
@@ -96,22 +98,25 @@ def _sides(text: str) -> tuple[int, ...]:
 def _add_import(commands: Commands) -> None:
     parser = _command(commands, "import", "make a checkpoint of torchvision's RetinaNet weights")
     parser.add_argument(
-        "--arch", choices=("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"), required=True, help="torchvision's"
+        "--arch",
+        choices=("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"),
+        required=True,
+        help="torchvision's architecture",
     )
     parser.add_argument(
         "--weights",
         required=True,
         metavar="coco|FILE.pth",
-        help="coco: torchvision's own, downloaded to its cache; or a file with a state dict: of torch.save, of a "
-        "training, safetensors",
+        help="coco: torchvision's own weights, downloaded to its cache; or a file with a state dict, by torch.save, in "
+        "a training checkpoint, or in safetensors",
     )
     parser.add_argument("--out", type=Path, required=True, help="CHECKPOINT.pt")
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="names of the columns: COCO's JSON (the categories; a column is an id), or text with a line for each "
-        "column, from column 0 on; needed where the weights are not for COCO's 91",
+        help="names of the class columns: COCO's JSON (a column is a category id), or text with one line for each "
+        "column, from column 0; needed if the weights are not for COCO's 91",
     )
     parser.add_argument(
         "--norm-eps",
@@ -119,7 +124,7 @@ def _add_import(commands: Commands) -> None:
         metavar="X",
         help="epsilon of the backbone's batch norm; default: 0 for torchvision's v1 COCO weights, else 1e-5",
     )
-    group = parser.add_argument_group("where the weights were trained with others than torchvision's")
+    group = parser.add_argument_group("values that differ from torchvision's")
     for values in (AnchorConfig, ResizePolicy):
         add_flags(group, values)  # type: ignore[arg-type]
 
@@ -128,7 +133,7 @@ def _add_export(commands: Commands) -> None:
     parser = _command(commands, "export", "write the ONNX file that the service loads")
     parser.add_argument("--model", type=Path, required=True, help="CHECKPOINT.pt")
     parser.add_argument("--out", type=Path, required=True, help="FILE.onnx")
-    parser.add_argument("--name", help="what /model and every answer call it; default: the file's stem")
+    parser.add_argument("--name", help="the model's name in /model and answers; default: the file's stem")
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8"),
@@ -140,12 +145,12 @@ def _add_export(commands: Commands) -> None:
         choices=("any", "cpu"),
         default="any",
         dest="made_for",
-        help="cpu: fp32 with the 3x3 convolutions of 256 and more channels as Winograd's; on a GPU that is slow",
+        help="cpu: fp32 with the 3x3 convolutions of 256 and more channels by Winograd's algorithm; slow on a GPU",
     )
     parser.add_argument(
-        "--calibration", type=Path, help="int8: folder of a COCO-format data set, its train split is used"
+        "--calibration", type=Path, help="int8: folder of a COCO-format data set, whose train split is used"
     )
-    parser.add_argument("--calibration-images", type=int, default=100, help="int8: pictures to take the ranges from")
+    parser.add_argument("--calibration-images", type=int, default=100, help="int8: pictures that give the ranges")
     parser.add_argument(
         "--fp32-layers",
         choices=("none", "boxes", "outputs"),
@@ -155,8 +160,8 @@ def _add_export(commands: Commands) -> None:
     parser.add_argument(
         "--reduce-range",
         action="store_true",
-        help="int8: weights of 7 bits, for CPUs without VNNI (no vnni in /proc/cpuinfo): there 8 bits can saturate, "
-        "and less is won: measure speed and AP",
+        help="int8: weights of 7 bits, for CPUs without VNNI (no vnni in /proc/cpuinfo), where 8 bits can saturate; "
+        "measure speed and AP",
     )
 
 
@@ -169,12 +174,12 @@ def _add_ablations(commands: Commands) -> None:
     )
     _add_data(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the runs; repeated, the command goes on in it"
+        "--out", type=Path, required=True, help="folder of the runs; the repeated command continues in it"
     )
     parser.add_argument("--page", type=Path, metavar="DIR", help="folder of ablations.md and its plots; default: OUT")
     parser.add_argument("--only", "--rows", nargs="+", default=(), metavar="NAME", help="only these; default: all")
-    parser.add_argument("--steps", type=int, metavar="N", help="at most so many for each, to try the command")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load samples; 0: none")
+    parser.add_argument("--steps", type=int, metavar="N", help="most steps of each run, to try the command")
+    parser.add_argument("--workers", type=int, default=0, help="loading processes; 0: none")
     _add_device(parser)
 
 
@@ -195,7 +200,7 @@ def _add_data(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=get_args(Device), default="auto", help="where to compute")
+    parser.add_argument("--device", choices=get_args(Device), default="auto", help="device that computes")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,7 @@
-"""A training run's configuration: frozen values with their help texts, the command-line flags made from them, and their
-way into a checkpoint and back.
+"""A training run's configuration: frozen values with help texts, command-line flags made from them, and conversion to
+and from a checkpoint's dicts.
 
-Every value can be overridden by the flag of the same name. An unknown key is an error, on the command line and in a
-checkpoint.
+The flag of the same name overrides a value. An unknown key is an error, on the command line and in a checkpoint.
 """
 
 import argparse
@@ -22,39 +21,39 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 class LossConfig:
     """Matching and losses; the defaults are the paper's (Lin et al. 2017, §3, §4.1 and §5)."""
 
-    fg_iou_threshold: Annotated[float, "an anchor is an object's from this IoU on"] = 0.5
+    fg_iou_threshold: Annotated[float, "least IoU of a foreground anchor"] = 0.5
     bg_iou_threshold: Annotated[float, "below this IoU an anchor is background; between the two it is ignored"] = 0.4
     border_anchors: Annotated[
-        Literal["kept", "ignored"], "in training, anchors that cross the picture's border; the RPN ignores them"
+        Literal["kept", "ignored"], "training's anchors that cross the picture's border; the RPN ignores them"
     ] = "kept"
-    sampled_anchors: Annotated[int, "anchors of each picture that count, drawn in each step; 0: all"] = 0
+    sampled_anchors: Annotated[int, "anchors of each picture that count, sampled in each step; 0: all"] = 0
     sampled_positives: Annotated[float, "largest share of positives among the sampled anchors"] = 0.5
     focal_alpha: Annotated[float, "weight of foreground; background has 1 - alpha; below 0: both have 1"] = 0.25
     focal_gamma: Annotated[float, "focusing exponent; 0 is plain cross-entropy"] = 2.0
     box_loss: Annotated[Literal["smooth_l1", "l1", "giou"], "loss of the boxes of positive anchors"] = "smooth_l1"
-    smooth_l1_beta: Annotated[float, "where smooth-L1 turns linear: 1 / sigma**2 for sigma 3"] = 1 / 9
+    smooth_l1_beta: Annotated[float, "difference from which smooth-L1 is linear: 1 / sigma**2 for sigma 3"] = 1 / 9
     box_loss_weight: Annotated[float, "factor on the box loss"] = 1.0
     normaliser: Annotated[
         Normaliser,
-        "divide by each image's positives, then average; by the positives of the whole step; by their running mean; or "
-        "by all anchors that count",
+        "divisor of the losses: each image's positives, then the mean; the step's positives; their running mean; or "
+        "all anchors that count",
     ] = "image"
 
 
 @dataclass(frozen=True)
 class OptimiserConfig:
     optimiser: Annotated[Literal["sgd", "adamw"], "update rule"] = "sgd"
-    learning_rate: Annotated[float, "at reference_batch_size images a step; scaled linearly with the batch size"] = 0.01
-    reference_batch_size: Annotated[int, "images a step that the learning rate is meant for"] = 16
-    momentum: Annotated[float, "of SGD"] = 0.9
-    weight_decay: Annotated[float, "of weights; not of norms and biases"] = 1e-4
+    learning_rate: Annotated[float, "rate for reference_batch_size images a step; scaled with the batch size"] = 0.01
+    reference_batch_size: Annotated[int, "images a step for which the learning rate is meant"] = 16
+    momentum: Annotated[float, "momentum of SGD"] = 0.9
+    weight_decay: Annotated[float, "decay of weights, without norms and biases"] = 1e-4
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 1000
     schedule: Annotated[Literal["steps", "cosine"], "after warm-up: divide by 10 at each milestone, or cosine to 0"] = (
         "steps"
     )
-    milestones: Annotated[tuple[float, ...], "fractions of all steps"] = (60 / 90, 80 / 90)
-    gradient_clip: Annotated[float, "largest norm of the gradient; 0 does not clip"] = 0.0
-    ema_decay: Annotated[float, "of the exponential moving average of the weights; 0 keeps none"] = 0.0
+    milestones: Annotated[tuple[float, ...], "fractions of all steps at which the rate drops"] = (60 / 90, 80 / 90)
+    gradient_clip: Annotated[float, "largest norm of the gradient; 0: no limit"] = 0.0
+    ema_decay: Annotated[float, "decay of the weights' exponential moving average; 0: no average"] = 0.0
     freeze_batch_norm_from: Annotated[
         float, "fraction of all steps from which batch norm uses its running statistics"
     ] = 1.0
@@ -64,22 +63,22 @@ class OptimiserConfig:
 class AugmentConfig:
     """Random changes of a training sample. Lengths are canvas pixels, after the resize to the shorter side."""
 
-    horizontal_flip: Annotated[float, "probability"] = 0.5
-    vertical_flip: Annotated[float, "probability"] = 0.0
+    horizontal_flip: Annotated[float, "probability of a horizontal flip"] = 0.5
+    vertical_flip: Annotated[float, "probability of a vertical flip"] = 0.0
     transpose: Annotated[float, "probability of swapping rows and columns"] = 0.0
     shorter_sides: Annotated[
-        tuple[int, ...], "px; one is drawn for each sample; not given, they follow --shorter-side in proportion"
+        tuple[int, ...], "shorter sides, px, one of them for each sample; if not given, scaled with --shorter-side"
     ] = (800,)
     scale_jitter: Annotated[tuple[float, float], "range of a further factor on the scale, log-uniform"] = (1.0, 1.0)
     crop_sizes: Annotated[
-        tuple[int, ...], "px; sides of square crops, one drawn for each step; none: whole pictures"
+        tuple[int, ...], "sides of square crops, px, one of them for each step; none: whole pictures"
     ] = ()
     crop_batch_sizes: Annotated[tuple[int, ...], "images a step for each crop size"] = ()
-    crop_probabilities: Annotated[tuple[float, ...], "of each crop size"] = ()
-    crop_on_object: Annotated[float, "probability that a crop is laid so that it holds a drawn object"] = 0.0
-    min_visible: Annotated[float, "an object of which a crop leaves less than this share of its area is ignored"] = 0.7
-    brightness: Annotated[float, "largest relative change"] = 0.0
-    contrast: Annotated[float, "largest relative change"] = 0.0
+    crop_probabilities: Annotated[tuple[float, ...], "probability of each crop size"] = ()
+    crop_on_object: Annotated[float, "probability that a crop is placed on a random object"] = 0.0
+    min_visible: Annotated[float, "least share of an object's area in a crop; an object with less is ignored"] = 0.7
+    brightness: Annotated[float, "largest relative change of brightness"] = 0.0
+    contrast: Annotated[float, "largest relative change of contrast"] = 0.0
     shuffle_channels: Annotated[float, "probability of permuting red, green and blue"] = 0.0
 
     def __post_init__(self) -> None:
@@ -89,11 +88,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """The way from candidates to detections, unless a request says otherwise; an exported file carries it."""
+    """Defaults for making detections of candidates; an exported file carries them, and a request overrides them."""
 
-    score_threshold: Annotated[float, "a detection scores more than this"] = SCORE_THRESHOLD
+    score_threshold: Annotated[float, "score that a detection must exceed"] = SCORE_THRESHOLD
     nms_threshold: Annotated[float, "largest IoU of two detections of one label"] = NMS_THRESHOLD
-    max_detections: Annotated[int, "of a picture"] = MAX_DETECTIONS
+    max_detections: Annotated[int, "most detections of a picture"] = MAX_DETECTIONS
 
 
 @dataclass(frozen=True)
@@ -107,27 +106,29 @@ class TrainConfig:
     steps: Annotated[int, "updates of the weights"] = 90_000
     batch_size: Annotated[int, "images a step, all processes together"] = 16
     log_every: Annotated[int, "steps between lines in metrics.jsonl"] = 20
-    checkpoint_every: Annotated[int, "steps"] = 1000
-    evaluate_every: Annotated[int, "steps; 0: only at the end"] = 5000
-    evaluate_images: Annotated[int, "validation pictures for AP while training; 0: all"] = 0
-    group_by_aspect: Annotated[bool, "a step's pictures are all upright or all lying, so that less is padded"] = False
+    checkpoint_every: Annotated[int, "steps between checkpoints"] = 1000
+    evaluate_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 5000
+    evaluate_images: Annotated[int, "validation pictures for AP during training; 0: all"] = 0
+    group_by_aspect: Annotated[bool, "give a step pictures that are all portrait or all landscape: less padding"] = (
+        False
+    )
     unreadable: Annotated[
-        Literal["stop", "skip"], "a picture that cannot be read ends the run, or is named and the next one stands in"
+        Literal["stop", "skip"], "end the run at a picture that cannot be read, or name it and take the next one"
     ] = "stop"
     precision: Annotated[
         Precision,
-        "of the network's arithmetic: bf16 and fp16 by autocast, weights stay fp32; fp64 to compare runs exactly",
+        "precision of the network: bf16 and fp16 by autocast, weights stay fp32; fp64 to compare runs exactly",
     ] = "fp32"
     channels_last: Annotated[
-        bool | None, "weights and images lie in memory as GPUs want them; unset: on a GPU and on a CPU with AVX-512"
+        bool | None, "memory layout of weights and images; unset: channels last on a GPU and a CPU with AVX-512"
     ] = None
-    accumulate_steps: Annotated[int, "parts that a process computes its images of a step in, to save memory"] = 1
+    accumulate_steps: Annotated[int, "parts into which a process divides a step, to save memory"] = 1
     divergence_factor: Annotated[
-        float, "the run ends when the mean loss of 20 steps is this many times that of its first 20; 0: never"
+        float, "factor by which the mean loss of 20 steps may exceed that of the first 20 before the run ends; 0: any"
     ] = 20.0
-    freeze_stages: Annotated[int, "stages of the backbone that stay as they are; 1: the stem, 2: up to C2"] = 0
-    class_agnostic: Annotated[bool, "every object is of one class, 'object': the detector proposes regions"] = False
-    seed: Annotated[int, "of weights and samples"] = 0
+    freeze_stages: Annotated[int, "stages of the backbone that are frozen; 1: the stem, 2: up to C2"] = 0
+    class_agnostic: Annotated[bool, "give every object the class 'object': the detector proposes regions"] = False
+    seed: Annotated[int, "seed of weights and samples"] = 0
     pretrained_backbone: Annotated[bool, "start from torchvision's ImageNet weights (downloaded)"] = True
 
 
@@ -135,7 +136,7 @@ Config = TypeVar("Config")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
-    """A flag for every leaf field of the class and the classes in it; not given means None."""
+    """Add a flag for every leaf field of the class and the classes in it; a flag that is not given is None."""
     for name, hint, help_text in _leaves(config_class):
         parser.add_argument(
             "--" + name.replace("_", "-"), dest=name, default=None, help=help_text or None, **_argument(hint)
@@ -143,7 +144,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of the config with those leaf fields replaced whose value is not None."""
+    """Copy the config with those leaf fields replaced whose value is not None."""
     changes: dict[str, Any] = {}
     for entry in fields(config):  # type: ignore[arg-type]
         current = vars(config)[entry.name]
@@ -155,7 +156,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def with_flags(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
-    """`override` by the command line. Without --shorter-sides those of training follow --shorter-side in proportion.
+    """Override the config by the command line. Without --shorter-sides, those of training scale with --shorter-side.
 
     ValueError: a side is larger than the longest allowed.
     """
@@ -173,12 +174,12 @@ def with_flags(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values only, as a checkpoint holds them."""
+    """Convert a config to plain values, as a checkpoint holds them."""
     return dataclasses.asdict(config)
 
 
 def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`. ValueError: an unknown key."""
+    """Make a config of `to_dict`'s values. ValueError: an unknown key."""
     hints = get_type_hints(config_class)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -193,7 +194,7 @@ def _restore(hint: Any, value: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    """JSON and argparse know lists alone."""
+    """Turn a list into a tuple; JSON and argparse know lists alone."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -211,7 +212,7 @@ def _leaves(config_class: type[Any]) -> list[tuple[str, Any, str]]:
 
 
 def _argument(hint: Any) -> dict[str, Any]:
-    """argparse's arguments for a type: a Literal's choices, as many values as a tuple has, --x and --no-x for a bool.
+    """Give argparse's arguments for a type: a Literal's choices, a tuple's number of values, --x and --no-x for a bool.
 
     A tuple of any length may be empty: `--crop-sizes` alone trains on whole pictures.
     """

@@ -1,4 +1,4 @@
-"""Waiting for the answers of jobs: until all are there, the time is up, or the client has gone, whichever is first."""
+"""Waiting for the answers of jobs, until all have come, the time is up, or the client has gone."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from service.core.job import DeadlineExceeded, Job
 async def answers_of(
     jobs: Sequence[Job], receive: Receive, timeout_seconds: float, cancel: Callable[[Job], None]
 ) -> list[Any]:
-    """Each job's result or exception; DeadlineExceeded for those not done in time. ClientGone: nobody waits any more.
+    """Return each job's result or exception; DeadlineExceeded for those not done in time. ClientGone: it has left.
 
-    Whatever happens, work that nobody will read is not begun.
+    On return, unfinished jobs are cancelled: work that nobody will read is not begun.
     """
     loop = asyncio.get_running_loop()
     enough, unfinished = loop.create_future(), len(jobs)

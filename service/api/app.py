@@ -44,9 +44,9 @@ from service.metrics import OTHER_METHOD, UNMATCHED, HttpMetrics, program_versio
 
 
 def create_app(service: Service) -> ASGIApp:
-    """FastAPI within our layers, and none of its own around them, so that refusals take little.
+    """Make the ASGI application: FastAPI inside our own layers, so that a refusal passes none of FastAPI's.
 
-    InvalidKeys: the file of API keys is not good.
+    InvalidKeys: the file of API keys is invalid.
     """
     documented, detection = service.settings.docs, Detection(service)
     make_app = partial(FastAPIOffline, docs_url=None) if documented else partial(FastAPI, openapi_url=None)
@@ -80,7 +80,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 def _layers(service: Service, keys: ApiKeys, routes: Collection[str]) -> list[Middleware]:
-    """List what surrounds the routes, outermost first."""
+    """List the layers around the routes, outermost first."""
     settings = service.settings
     cross_origin = Middleware(
         CORSMiddleware,
@@ -101,7 +101,8 @@ def _layers(service: Service, keys: ApiKeys, routes: Collection[str]) -> list[Mi
 
 
 def _answer_head(routes: list[Route]) -> None:
-    """HEAD where GET is, as RFC 9110 asks for; FastAPI does not. After its document is made, which has GET alone."""
+    """Add HEAD to each route that has GET, as RFC 9110 demands and FastAPI does not. Call it after the OpenAPI document
+    is made, which lists GET alone."""
     for route in routes:
         if route.methods and "GET" in route.methods:
             route.methods.add("HEAD")
@@ -160,7 +161,7 @@ def _add_errors(api: FastAPI) -> None:
 
 
 def _methods_of(api: FastAPI, request: Request) -> str:
-    """List what the path takes, where several routes share it."""
+    """List the methods of all routes with this path."""
     routes = [route for route in api.routes if isinstance(route, Route)]
     found = (route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE)
     return ", ".join(sorted({method for methods in found for method in methods}))
@@ -184,6 +185,6 @@ def _make_series(metrics: HttpMetrics, routes: list[Route], *, keyed: bool, cros
 
 
 def _statuses(route: str) -> set[int]:
-    """Return those that a route which detects can give, less what requests can get wherever they go."""
+    """Return the statuses that a detecting route can give, without those that any request can get."""
     codes = {DETECT_BATCH: UPLOAD, INFER: {*ONE_IMAGE, "not_found"} - {"not_acceptable"}}.get(route, ONE_IMAGE)
     return {200, 499} | {PROBLEM_TYPES[code].status for code in codes} - {401, 414, 431}

@@ -1,16 +1,16 @@
 """uvicorn's HTTP/1.1 protocol with bounds on what a client may send, leave unread or leave undone.
 
-uvicorn has none of these, and no setting for them:
+uvicorn lacks these bounds, and settings for them:
 
-- headers: `HEADER_SECONDS` to arrive, at most `MAX_HEADER_BYTES` and `MAX_HEADER_FIELDS` of them, with trailers and the
-  line that has not ended yet, else 431; at most `MAX_URL_BYTES` of URL, else 414; all before a key is asked for
-- pipelined requests are taken one at a time: reading pauses while one is being answered and the next has come
-- an answer of which the client takes no byte for `write_timeout_seconds` is given up, and its connection reset
-- an offer to upgrade (h2c) is ignored; httptools stops parsing there, and uvicorn drops the body behind it
-- what is no HTTP gets a problem, an id, a log line and a place in the metrics; uvicorn answers it in plain text
+- Headers have `HEADER_SECONDS` to arrive. More than `MAX_HEADER_BYTES` or `MAX_HEADER_FIELDS`, trailers and an
+  unfinished line included, get 431; a URL of more than `MAX_URL_BYTES` gets 414. All this comes before API keys.
+- Pipelined requests are read one at a time: reading pauses while one is being answered and the next has come.
+- The connection is reset if the client takes no byte of an answer for `write_timeout_seconds`.
+- An offer to upgrade (h2c) is ignored. httptools would stop parsing there, and uvicorn would drop the body behind it.
+- Bytes that are not HTTP get a problem, an id, a log line and a count in the metrics; uvicorn answers in plain text.
 
-A refusal travels as `scope["state"]` into the application, where `middleware.Linger` answers it. What
-comes after it is thrown away.
+A refusal goes as `scope["state"]` into the application, where `middleware.Linger` answers it. Bytes that come after it
+are discarded.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from service.core.memory import HeldBytes
 from service.metrics import OTHER_METHOD
 
 PROTOCOL_ERROR = "protocol_error"
-"""The key in a scope's state of the exception that tells why a request is not read."""
+"""Key, in a scope's state, of the exception that says why a request is not read."""
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADER_FIELDS = 100
 MAX_URL_BYTES = 8 * 1024
 PIECE_BYTES = 4 * 1024
-"""Heads and chunked bodies are parsed in such pieces: only the parser knows where the next request begins."""
+"""Size of the pieces in which heads and chunked bodies are parsed: only the parser knows where a request ends."""
 MAX_BYTES_AFTER_REFUSAL = 1024 * 1024
-"""Read and forgotten, so that the answer is not lost to a reset; then the connection is closed."""
+"""Bytes that are read and discarded, so that no reset destroys the answer; then the connection is closed."""
 
 
 class HeadersTooLarge(Exception):
@@ -62,21 +62,21 @@ class BoundedProtocol(HttpToolsProtocol):
     header_seconds = HEADER_SECONDS
     _header_deadline: asyncio.TimerHandle | None = None
     _unread = b""
-    """Came behind a request that is not answered yet."""
+    """Bytes that came behind a request that is not answered yet."""
     _in_head = True
-    """The parser is between two requests, or in the head of one."""
+    """True: the parser is between two requests, or in the head of one."""
     _has_begun = False
-    """The parser is in a request."""
+    """True: the parser is in a request."""
     _body_left: int | None = None
-    """None: the body is chunked."""
+    """Bytes of the body still to come; None: the body is chunked."""
     _num_fields = 0
     _field_bytes = 0
     _unended_bytes = 0
-    """Fed to the parser since it last told of anything: a header line that does not end."""
+    """Bytes parsed since the parser's last event: those of an unfinished header line."""
     _parser_told = False
     _upgrade_offered = False
     _bytes_after_refusal: int | None = None
-    """None: nothing was refused."""
+    """Bytes that came after a refusal; None: nothing was refused."""
 
     def __init__(
         self, *, write_timeout_seconds: float, keep_alive_seconds: float, answers: HeldBytes, **of_uvicorn: Any
@@ -110,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def _read_on(self) -> None:
-        """Parse what came, up to the end of a request that is not answered yet; the rest waits."""
+        """Parse the received bytes, up to the end of a request that is not answered yet; the rest waits."""
         data, self._unread = self._unread, b""
         position = 0
         while position < len(data) and self._bytes_after_refusal is None and not self._is_answering():
@@ -122,11 +122,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def _is_answering(self) -> bool:
-        """The last request has come whole, and its answer has not gone."""
+        """Tell whether the last request has come completely and its answer is not finished."""
         return self._in_head and self.cycle is not None and not self.cycle.response_complete
 
     def _end_of_piece(self, data: bytes, position: int) -> int:
-        """Find where the parser should stop: before the next request, as far as can be told."""
+        """Find where the parser should stop: before the next request, as far as that is known."""
         limit = position + PIECE_BYTES
         if self._in_head:
             end = data.find(b"\r\n\r\n", position, limit)
@@ -134,7 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return limit if self._body_left is None else position + self._body_left
 
     def _feed(self, piece: bytes) -> int:
-        """Parse it; how much of it was."""
+        """Parse the piece; return how many bytes of it were parsed."""
         self._parser_told = False
         try:
             self.parser.feed_data(piece)
@@ -150,7 +150,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return len(piece)
 
     def _ignore_upgrade(self) -> None:
-        """Parse the head again without the offer."""
+        """Parse the head again, without the offer to upgrade."""
         if not self._upgrade_offered:  # CONNECT, which is answered: what follows is no HTTP
             self._bytes_after_refusal = 0
             self.cycle.keep_alive = False
@@ -213,7 +213,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Refusing
 
     def _refuse(self, error: Exception) -> None:
-        """Have the application answer with this, and close."""
+        """Have the application answer with this error, and close the connection."""
         self._bytes_after_refusal = 0
         self._disarm()
         if not self._in_head:  # the application has its request already, and perhaps waits for more of it
@@ -279,7 +279,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _reason(error: httptools.HttpParserError) -> Exception:
-    """Choose what the client is told: what a callback of ours raised, or that the parser cannot go on."""
+    """Choose the reason for the client: the error that a callback of ours raised, or that of the parser."""
     cause = error.__context__
     if cause is None or isinstance(cause, httptools.HttpParserError):
         return MalformedRequest(f"this is no HTTP/1.1 request: {cause or error}")

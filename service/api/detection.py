@@ -1,7 +1,7 @@
 """The routes that detect: bytes received, images submitted, answers awaited, a response made.
 
-Plain Starlette routes, described in `service.api.openapi`: FastAPI's own reading of a request takes a tenth of the time
-that the event loop has for one.
+The routes are plain Starlette's, described in `service.api.openapi`: FastAPI's parsing of a request would take a tenth
+of the event loop's time for it.
 """
 
 import math
@@ -64,7 +64,7 @@ class Detection:
     async def respond(
         self, request: Request, finish: Finish, *, draws: bool = False, json: JsonImage | None = None
     ) -> Response:
-        """Answer one image with what `finish` makes of it. Raises what befalls it. `json`: see `Uploads.receive`."""
+        """Answer one image with what `finish` makes of it. Raises the image's error. `json`: see `Uploads.receive`."""
         [reply] = await self._replies(request, finish, max_images=1, draws=draws, json=json)
         if isinstance(reply, BaseException):
             raise reply
@@ -80,7 +80,7 @@ class Detection:
         draws: bool = False,
         json: JsonImage | None = None,
     ) -> list[Reply | BaseException]:
-        """Detect in each image, and return what became of each, in order. Raises what befalls the whole request."""
+        """Detect in each image; return the result or error of each, in order. Raises errors of the whole request."""
         service = self._service
         model = service.store.serving()
         query = read_query(request.query_params)
@@ -102,10 +102,10 @@ class Detection:
         draws: bool = False,
         timeout_seconds: float = math.inf,
     ) -> list[Any]:
-        """Return what `finish` makes of each image (with what an `Answered` has), or its exception, in order.
+        """Return what `finish` makes of each image (an `Answered` at least), or its exception, in order.
 
-        `body_bytes`: of the request, from which the images came just now. `timeout_seconds`: the client's own. Raises
-        what befalls the whole request.
+        `body_bytes` is the size of the request's body, `timeout_seconds` the client's own limit. Raises errors of the
+        whole request.
         """
         service, context = self._service, context_of(request.scope)
         context.watch.lap("read")

@@ -18,7 +18,7 @@ what came and what is allowed. Exceptions are defined where they are raised:
         ├── MemoryFull                                                                      core.memory
         └── NotReady                                                                        core.store
 
-Every other exception is a bug. `client_closed_request` is for the log and the metrics: nobody is there to read it.
+Every other exception is a bug. `client_closed_request` is for the log and the metrics; no client reads it.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
 class InvalidParameter(Exception):
-    """A query parameter is out of range, or a label is unknown: mend the query."""
+    """A query parameter is out of range, or a label is unknown: correct the query."""
 
 
 class UnknownModel(Exception):
@@ -103,12 +103,12 @@ INTERNAL_DETAILS = {
 
 
 def code_of(error: BaseException) -> str:
-    """The code of the nearest class in the table; internal_error for what should not happen."""
+    """Return the code of the nearest class in the table; internal_error for an exception that is a bug."""
     return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), "internal_error")
 
 
 def problem(code: str, detail: str, request_id: str) -> dict[str, Any]:
-    """The body of an error's answer."""
+    """Make the body of an error's answer."""
     kind = PROBLEM_TYPES[code]
     return {
         "type": f"urn:retinaserve:problem:{code}",
@@ -125,7 +125,7 @@ def problem_of(error: BaseException, request_id: str) -> dict[str, Any]:
 
 
 def headers_of(error: BaseException) -> dict[str, str]:
-    """Choose the headers that tell the client what the body does not."""
+    """Choose the headers of an error's answer, such as Retry-After."""
     if isinstance(error, Refusal):
         return {"Retry-After": str(error.retry_after_seconds)}
     if isinstance(error, Unauthorized):

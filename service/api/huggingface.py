@@ -1,7 +1,7 @@
 """`POST /`: Hugging Face's object-detection form, as `huggingface_hub.InferenceClient.object_detection` sends it.
 
 In: the bytes of an image, or JSON {"inputs": "<base64>", "parameters": {"threshold": 0.5}}, where the parameters of
-`/detect` are taken too. Out: the bare list of detections. All else is as in `/detect`.
+`/detect` are accepted too. Out: the bare list of detections. Everything else is as in `/detect`.
 """
 
 from dataclasses import dataclass

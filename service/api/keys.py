@@ -1,7 +1,7 @@
-"""API keys: those of the setting, and those of a file that is read again when it changes: a rotation is one write.
+"""API keys: those of the setting, and those of a file, which is read again when it changes.
 
-A line of the file is `name:key`; empty lines and lines that begin with # are left out. One name may have several keys,
-as in a rotation. Names are for the log; keys go nowhere.
+A line of the file is `name:key`; empty lines and lines that begin with # are skipped. A name may have several keys, for
+a rotation. Names go into the log; keys do not.
 """
 
 import hmac
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 MIN_KEY_CHARACTERS = 16
 LOOK_SECONDS = 1.0
 LINE = re.compile(rf"([A-Za-z0-9._-]{{1,64}}):([!-~]{{{MIN_KEY_CHARACTERS},}})")
-"""Keys are what a header can carry: ASCII without spaces."""
+"""A line of the file. A key is ASCII without spaces, because a header must carry it."""
 
 NamedKey = tuple[str, bytes]
 
 
 class InvalidKeys(Exception):
-    """The file cannot be read, or holds no key, or a line that is none. Says which line, never what is in it."""
+    """The file cannot be read, holds no key, or has an invalid line. The message names the line, never its text."""
 
 
 def read_keys(path: Path) -> list[NamedKey]:
@@ -46,7 +46,7 @@ def read_keys(path: Path) -> list[NamedKey]:
 
 
 class ApiKeys:
-    """Whose key is it? Belongs to the event loop. InvalidKeys: the file is not good when this is made."""
+    """The valid keys, and whose they are. For the event loop alone. InvalidKeys: the file is invalid at the start."""
 
     def __init__(self, keys: Sequence[str], path: Path | None, look_seconds: float = LOOK_SECONDS) -> None:
         self._fixed = [(f"key-{number}", key.encode()) for number, key in enumerate(keys, 1)]
@@ -57,18 +57,18 @@ class ApiKeys:
         self._looked = time.monotonic()
 
     def __bool__(self) -> bool:
-        """Tell whether a request needs one."""
+        """Tell whether a request needs a key."""
         return bool(self._fixed or self._path)
 
     def name_of(self, given: str) -> str | None:
-        """The name of this key; None: it is none of them. Compares with each, so that the time tells nothing."""
+        """Return the name of this key; None: it is not valid. It is compared with every key, in constant time."""
         if self._path is not None and time.monotonic() >= self._looked + self._look_seconds:
             self._read_again(self._path)
         matches = [n for n, key in (*self._fixed, *self._from_file) if hmac.compare_digest(given.encode(), key)]
         return matches[0] if matches else None
 
     def _read_again(self, path: Path) -> None:
-        """Take the file's keys if it has changed. While it is not good (half written, gone) the old ones hold."""
+        """Read the file's keys if it has changed. While it is invalid (half written, gone) the old keys stay valid."""
         self._looked = time.monotonic()
         stamp = stamp_of(path)
         if stamp == self._stamp:

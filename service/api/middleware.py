@@ -1,8 +1,7 @@
 """The layers around every request, as plain ASGI (the function kind of middleware hides disconnects).
 
 BelowPrefix: --root-path. Observe: request id, HTTP metrics, one log line. Linger: an answer given before the body was
-read still reaches its client. RequireKey: API keys. Shed: refusals at the door. FileProblems: a bad Range of the docs'
-files.
+read still reaches its client. RequireKey: API keys. Shed: early refusals. FileProblems: a bad Range of the docs' files.
 """
 
 import asyncio
@@ -41,7 +40,7 @@ class RequestContext:
     request_id: str
     watch: Stopwatch = field(default_factory=Stopwatch)
     fields: dict[str, Any] = field(default_factory=dict)
-    """For the log."""
+    """Further values of the log line."""
 
 
 def context_of(scope: Scope) -> RequestContext:
@@ -50,7 +49,7 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 class BelowPrefix:
-    """Takes a prefix off the path, for a proxy that passes it on; most take it off themselves."""
+    """Removes the prefix from the path, for a proxy that passes it on; most proxies remove it themselves."""
 
     def __init__(self, app: ASGIApp, *, prefix: str, routes: Collection[str]) -> None:
         self._app = app
@@ -65,7 +64,7 @@ class BelowPrefix:
 
 
 class Observe:
-    """Gives every request an id; counts and logs it when its answer begins: who has an answer finds it counted."""
+    """Gives every request an id. Counts and logs it when its answer begins, so that an answered request is counted."""
 
     def __init__(
         self, app: ASGIApp, *, metrics: Metrics, routes: Collection[str], is_draining: Callable[[], bool]
@@ -122,11 +121,11 @@ class Observe:
 
 
 class Linger:
-    """After an answer that came before the whole body was read, reads the rest and forgets it, for a while.
+    """Reads and discards the rest of the body, for a while, after an answer that came before the body was read.
 
-    Closing at once would reset the connection, and a client still sending would see that instead of its answer. What
-    the protocol cannot read (see service.api.connections) gets such an answer: here, if it was the head; by raising
-    from `receive`, if it was the body.
+    Closing at once would reset the connection, and a client still sending would see that instead of its answer. A
+    request that the protocol cannot read (see service.api.connections) gets its answer here if the head was wrong, and
+    by an exception from `receive` if the body was.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
@@ -173,9 +172,9 @@ class Linger:
 
 
 class Shed:
-    """Refuses a detection request whose body is there already, while there is no place: before routing and parsing, so
-    that refusing many takes little from those admitted. A body that is still arriving takes the long way: its
-    connection can be used again."""
+    """Refuses a detection request whose body has come already while no place is free. This happens before routing and
+    parsing, so that many refusals take little time from admitted requests. A request whose body is still arriving is
+    refused later, so that its connection can be used again."""
 
     def __init__(self, app: ASGIApp, *, refusal: Callable[[], Exception | None]) -> None:
         self._app = app
@@ -202,7 +201,7 @@ class Shed:
 
 
 class FileProblems:
-    """Makes a problem of what the framework's file server refuses in plain text: a Range that it cannot serve."""
+    """Turns the plain-text refusal of the framework's file server, for a bad Range, into a problem."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -230,7 +229,7 @@ class FileProblems:
 class RequireKey:
     """Answers 401 to a request without a key, as `Authorization: Bearer` or `X-API-Key`.
 
-    The probes and the playground's files need none.
+    The probes and the playground's files need no key.
     """
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys) -> None:
@@ -265,7 +264,7 @@ def problem_response(error: BaseException, scope: Scope) -> Response:
 
 
 def response_of(problem: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None) -> Response:
-    """The problem as the clients of this path read it: those of /v2 want `error`, and only in plain JSON."""
+    """Make the problem's response for this path: clients of /v2 want `error`, and application/json."""
     if speaks_open_inference(scope["path"]):
         message = {"error": f"{problem['code']}: {problem['detail']}"}
         return Response(to_json(message | problem), problem["status"], headers, "application/json")

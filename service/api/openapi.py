@@ -1,5 +1,5 @@
-"""The OpenAPI document beyond FastAPI's types: the routes that detect, and every problem, with examples; and
-the page that shows it.
+"""The parts of the OpenAPI document that FastAPI does not make (detecting routes and problems, with examples), and the
+page that shows it.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ ONE_IMAGE = (*UPLOAD, "not_acceptable", "too_many_pixels", "invalid_image", "inf
 
 
 def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """The answers of these codes, with an example each; codes of one status share an answer."""
+    """Describe the answers of these codes, with an example each; codes of one status share an answer."""
     answers: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = PROBLEM_TYPES[code]
@@ -74,7 +74,7 @@ def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
 
 
 async def docs_page() -> HTMLResponse:
-    """Swagger UI, by links that hold below any prefix; its files are fastapi_offline's."""
+    """Make Swagger UI's page, with relative links, which work below any prefix; its files are fastapi_offline's."""
     files = "static-offline-docs"
     return get_swagger_ui_html(
         openapi_url="openapi.json",
@@ -86,7 +86,7 @@ async def docs_page() -> HTMLResponse:
 
 
 def add_detection(document: dict[str, Any]) -> None:
-    """Describe the routes that FastAPI does not know in its document of the others."""
+    """Add the routes that FastAPI does not know to its document."""
     document["paths"] = {
         path: DETECTION.get(path, {}) | others for path, others in (DETECTION | document["paths"]).items()
     }
@@ -97,7 +97,7 @@ def add_detection(document: dict[str, Any]) -> None:
 def _post(
     operation_id: str, summary: str, description: str, *, body: Schemas, answer: Schemas, codes: Sequence[str]
 ) -> Schemas:
-    """A path that detects: the schemas of its body and its answer by media type, and the codes of its problems."""
+    """Describe a path that detects: the schemas of its body and answer by media type, and the codes of its problems."""
     good = {"description": "Successful Response", "content": _content(answer)}
     return {
         "post": {
@@ -171,4 +171,4 @@ DETECTION = {
         }
     },
 }
-"""The paths of the document that detect."""
+"""The document's entries for the paths that detect."""

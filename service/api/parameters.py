@@ -1,4 +1,4 @@
-"""The query of a detection → the options of its jobs: read, checked, and completed where it says nothing."""
+"""The options of a request's jobs, made of its query, the settings and the model file."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
@@ -17,7 +17,7 @@ from service.core.store import LoadedModel
 
 SHOWN_LABELS = 20
 SHOWN_CHARACTERS = 200
-"""Characters of a value that is not valid."""
+"""Characters that an error shows of an invalid value."""
 
 Value = TypeVar("Value", int, float)
 
@@ -28,7 +28,7 @@ def _text(name: str, default: float) -> str:
 
 
 class DetectQuery(Strict):
-    """The query wins over the server's setting, the setting over the model file."""
+    """A detection's query. It overrides the server's settings, which override the model file."""
 
     score_threshold: Share | None = Field(None, description=_text("score_threshold", SCORE_THRESHOLD))
     nms_threshold: Share | None = Field(None, description=_text("nms_threshold", NMS_THRESHOLD))
@@ -45,7 +45,7 @@ class DetectQuery(Strict):
 
 
 def read_query(parameters: QueryParams) -> DetectQuery:
-    """Take the last of a value given twice. InvalidParameter: mend the query."""
+    """Read the query; the last of repeated values counts. InvalidParameter: correct the query."""
     values: dict[str, Any] = dict(parameters)
     if "label" in values:
         values["label"] = parameters.getlist("label")
@@ -53,9 +53,9 @@ def read_query(parameters: QueryParams) -> DetectQuery:
 
 
 def with_parameters(query: DetectQuery, parameters: Mapping[str, Any], *, strict: bool = False) -> DetectQuery:
-    """Complete the query with what the body says, which wins. InvalidParameter: mend the body.
+    """Override the query by the body's parameters. InvalidParameter: correct the body.
 
-    strict  a number as text is none
+    strict  refuse numbers that are text
     """
     return _checked(query.model_dump(exclude_unset=True) | dict(parameters), strict=strict)
 
@@ -68,7 +68,7 @@ def _checked(values: Mapping[str, Any], *, strict: bool = False) -> DetectQuery:
 
 
 def thresholds(settings: Settings, metadata: ModelMetadata) -> Thresholds:
-    """Choose what holds where the query says nothing: the settings, then the model file."""
+    """Choose the defaults of the query: the settings, then the model file."""
     return Thresholds(
         score_threshold=_first(settings.score_threshold, metadata.score_threshold),
         nms_threshold=_first(settings.nms_threshold, metadata.nms_threshold),

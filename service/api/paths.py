@@ -1,4 +1,4 @@
-"""The paths that are served, and what they have in common. `route_of` gives the label of metrics and logs."""
+"""The served paths, in groups. `route_of` gives a path's label in metrics and logs."""
 
 import re
 
@@ -8,24 +8,24 @@ OPEN_INFERENCE_LIVE, OPEN_INFERENCE_READY = "/v2/health/live", "/v2/health/ready
 OPEN_INFERENCE_MODEL = "/v2/models/{name}"
 INFER = "/v2/models/{name}/infer"
 VERSION = "/versions/{version}"
-"""May stand behind a model's name."""
+"""Optional part of a path, after a model's name."""
 
 DETECTION_ROUTES = (DETECT, DETECT_BATCH, HUGGING_FACE, INFER)
 """Routes whose POST detects."""
 OPEN_PATHS = ("/healthz", "/readyz", OPEN_INFERENCE_LIVE, OPEN_INFERENCE_READY)
-"""They need no key."""
+"""Paths that need no key."""
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
-"""Logged at debug level while they answer 200."""
+"""Paths that are logged at debug level while they answer 200."""
 
 _OF_A_MODEL = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?(/infer|/ready)?")
 
 
 def route_of(path: str) -> str:
-    """Return the template of this path; most are their own."""
+    """Return the template of this path; most paths are their own template."""
     found = _OF_A_MODEL.fullmatch(path)
     return OPEN_INFERENCE_MODEL + (found[1] or "") if found else path
 
 
 def speaks_open_inference(path: str) -> bool:
-    """Tell whether its clients read errors in the form of that protocol."""
+    """Tell whether the path's clients read errors in the form of the Open Inference Protocol."""
     return path == OPEN_INFERENCE or path.startswith(f"{OPEN_INFERENCE}/")

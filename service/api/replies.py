@@ -1,4 +1,4 @@
-"""One image's answer as bytes: JSON, or the picture with its boxes drawn; and which of the two a client asks for."""
+"""One image's answer as bytes, JSON or the picture with its boxes drawn, and the choice between the two."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ from service.drawing import PictureFormat, check_sides
 
 
 class Answered(Protocol):
-    """One image's part of an answer, in whatever form."""
+    """One image's part of an answer, in any form."""
 
     @property
     def timing(self) -> dict[str, float]:
@@ -37,12 +37,12 @@ def as_json(detected: Detected, job: Job, *, request_id: str) -> Reply:
 
 
 def as_list(detected: Detected, job: Job) -> Reply:
-    """The bare list of detections."""
+    """Make the bare list of detections."""
     return Reply(to_json(detection_list(detected)), "application/json", timing_ms(detected), detected)
 
 
 def as_picture(detected: Detected, job: Job, *, decoders: Decoders, picture_format: PictureFormat) -> Reply:
-    """Decode the picture again: holding every upload's pixels for the few that want a drawing would cost more."""
+    """Draw the picture. It is decoded again, because holding every upload's pixels would cost more."""
     check_sides(detected.original_size, picture_format)
     timing = timing_ms(detected)
     picture = decoders.drawing(job, detected.detections, detected.model.label_names, picture_format)
@@ -50,7 +50,7 @@ def as_picture(detected: Detected, job: Job, *, decoders: Decoders, picture_form
 
 
 def picture_wanted(accept: str) -> PictureFormat | None:
-    """The picture format that this Accept header names and ranks above JSON. A browser's header gets JSON."""
+    """Return the picture format that this Accept header names and ranks above JSON. A browser's header gets JSON."""
     quality = qualities(accept)
     if "text/html" in quality:
         return None
@@ -62,7 +62,7 @@ def picture_wanted(accept: str) -> PictureFormat | None:
 
 
 def qualities(accept: str) -> dict[str, float]:
-    """The media types of an Accept header with their q; none of a header that cannot be read."""
+    """Return the media types of an Accept header with their q; none for an unreadable header."""
     quality: dict[str, float] = {}
     for entry in accept.split(","):
         media_type, *parameters = (part.strip().lower() for part in entry.split(";"))

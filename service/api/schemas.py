@@ -1,7 +1,7 @@
-"""The bodies that go over the wire: the JSON of answers, and their OpenAPI models with examples.
+"""The JSON of answers, and its OpenAPI models with examples.
 
-Answers with hundreds of boxes are made as plain values and encoded at once; the models describe them (and a test
-holds the two together). Boxes are pixels of the upright original image.
+Answers with hundreds of boxes are made as plain values and encoded at once. The models describe them; a test compares
+the two. Boxes are in pixels of the upright original image.
 """
 
 from typing import Any
@@ -98,7 +98,7 @@ class ModelName(Strict):
 
 
 class Timing(Strict):
-    """Milliseconds. The stages touch: they sum to the total. Encoding the answer is not in it."""
+    """Milliseconds by stage. The stages sum to the total, which does not include encoding the answer."""
 
     read: float
     decode: float
@@ -119,7 +119,7 @@ class Answer(Strict):
 
 
 class Problem(Strict):
-    """RFC 9457."""
+    """An error as RFC 9457 defines it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [PROBLEM]})
     type: str
@@ -170,14 +170,14 @@ class Status(Strict):
 
 
 def timing_ms(detected: Detected) -> dict[str, float]:
-    """Milliseconds by stage up to now, and their sum."""
+    """Return milliseconds by stage up to now, and their sum."""
     seconds = detected.watch.stages
     stages = {stage: round(seconds[stage] * 1000, 3) for stage in STAGES if stage in seconds}
     return stages | {"total": round(detected.watch.total * 1000, 3)}
 
 
 def answer(detected: Detected, request_id: str) -> dict[str, Any]:
-    """The values of an `Answer`."""
+    """Make the values of an `Answer`."""
     height, width = detected.original_size
     return {
         "detections": detection_list(detected),

@@ -1,6 +1,6 @@
-"""A connection's answers that its client does not read: given up after a time, by a reset.
+"""A deadline for answers that a client does not read: its connection is reset.
 
-asyncio and uvloop hold what a client does not take for as long as it stays connected; uvicorn sets no deadline.
+asyncio and uvloop hold unread bytes for as long as the client stays connected, and uvicorn sets no deadline.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ from service.core.memory import HeldBytes
 logger = logging.getLogger(__name__)
 
 LOOKS = 4
-"""Looks of the watch within the timeout: it may be late by one of them."""
+"""Checks within the timeout; the reset may be late by one of them."""
 
 
 class AnswerWatch:
-    """Looks after what a transport has not sent yet, from `begin` until there is nothing. For one connection."""
+    """Watches the unsent bytes of one connection's transport, from `begin` until there are none."""
 
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, timeout_seconds: float, answers: HeldBytes
     ) -> None:
-        """`answers`: where the bytes not sent yet are counted."""
+        """Watch one connection. `answers` counts the bytes not sent yet."""
         self._transport = transport
         self._loop = loop
         self._timeout_seconds = timeout_seconds
@@ -32,17 +32,17 @@ class AnswerWatch:
         self._answers = answers
         self._counted_bytes = 0
         self._taken_at = 0.0
-        """When the client took the last byte, as far as was seen; loop.time()."""
+        """Time at which the client was last seen to take a byte, loop.time()."""
 
     def begin(self) -> None:
-        """Watch, unless it does already or nothing is left to send."""
+        """Start watching, unless it does so already or nothing is left to send."""
         self.count()
         if self._next_look is None and self._transport.get_write_buffer_size():
             self._taken_at = self._loop.time()
             self._look_later()
 
     def count(self) -> None:
-        """Count what is left now."""
+        """Count the unsent bytes."""
         self._change(self._transport.get_write_buffer_size())
 
     def _change(self, bytes_left: int) -> None:
@@ -73,6 +73,6 @@ class AnswerWatch:
             self._look_later()
 
     def _bytes_in_kernel(self) -> int:
-        """Count those that the client has not acknowledged: reading shows there first, in our buffer in large steps."""
+        """Count the bytes that the client has not acknowledged; they show progress before our own buffer does."""
         connection = self._transport.get_extra_info("socket").fileno()
         return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)

@@ -1,8 +1,8 @@
-"""Request bodies → the encoded images in them. Every byte is counted before it is kept.
+"""Receives request bodies, and takes the encoded images out of them. Every byte is counted before it is kept.
 
-Three forms: the raw bytes of one image, multipart/form-data with file fields, JSON {"image": "<base64>"}. A
-body is refused while it arrives: by its Content-Length, by what has come of it, by the total of all bodies being
-received, by its deadline. Multipart is parsed as it arrives, in memory: nothing is spooled to disk.
+A body is the raw bytes of one image, multipart/form-data with file fields, or JSON {"image": "<base64>"}. It is refused
+while it arrives: by its Content-Length, its size so far, the total of all bodies being received, or its deadline.
+Multipart is parsed as it arrives, in memory: nothing is spooled to disk.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ PLAIN = frozenset({"", "7bit", "8bit", "binary"})
 """Transfer encodings that change nothing."""
 _FILE_NAME = re.compile(rb";\s*filename[*0-9]*\s*=", re.IGNORECASE)
 ENCODED = 1.4
-"""Bytes that text may take for each byte of an image: 4/3 for base64, and line breaks."""
+"""Bytes of text for each byte of an image: 4/3 for base64, and line breaks."""
 PARAMETERS_HINT = "parameters such as score_threshold go into the query"
 
 
 class MalformedRequest(Exception):
-    """The body is not what its Content-Type says, or the image is missing: mend the request."""
+    """The body is not what its Content-Type says, or the image is missing: correct the request."""
 
 
 class UnsupportedMediaType(Exception):
-    """The body comes in a form that is not read: send another."""
+    """The body's media type is not read: send another."""
 
 
 class BodyTooLarge(Exception):
@@ -60,7 +60,7 @@ class Form(Protocol[Content]):
 
     @property
     def takes_long(self) -> bool:
-        """`finish` is not for the event loop."""
+        """True: `finish` is not for the event loop."""
 
     def feed(self, chunk: bytes) -> None: ...
 
@@ -85,13 +85,13 @@ class RawImage:
 
 @dataclass
 class JsonImage(RawImage):
-    """{"image": "<base64>"}, in any of base64's dialects. A subclass may name the image otherwise and read more."""
+    """{"image": "<base64>"}, in any variant of base64. A subclass may name the image otherwise and read more."""
 
     takes_long: bool = True
     max_image_bytes: int = 0
     name: str = FIELD
     parameters: dict[str, Any] = field(default_factory=dict)
-    """Known when it is finished."""
+    """Other members of the JSON, known when the body is finished."""
 
     def finish(self) -> list[bytearray]:
         try:
@@ -105,7 +105,7 @@ class JsonImage(RawImage):
         return [self._decode(text)]
 
     def read_others(self, others: dict[str, Any]) -> None:
-        """Take what stands beside the image. MalformedRequest: a key is not known."""
+        """Take the members besides the image. MalformedRequest: a member is unknown."""
         if others:
             raise MalformedRequest(f"the body has keys besides {self.name!r}; {PARAMETERS_HINT}")
 
@@ -123,7 +123,7 @@ class JsonImage(RawImage):
 class MultipartImages:
     """The file parts, in order, parsed as they arrive: parts with a file name or a picture's type, or named `image`.
 
-    `finish` takes long where a part comes in a transfer encoding: not for the event loop.
+    `finish` takes long if a part has a transfer encoding: not for the event loop.
     """
 
     def __init__(self, boundary: bytes, *, max_images: int, max_image_bytes: int) -> None:
@@ -199,8 +199,8 @@ class Uploads:
     async def receive(
         self, headers: Headers, receive: Receive, *, max_images: int = 1, json: JsonImage | None = None
     ) -> tuple[list[bytearray], int]:
-        """The images of the body, and the body's size in bytes. More than one image only as multipart. `json`: what
-        reads a JSON body, where that is not {"image": "<base64>"}.
+        """Return the images of the body, and the body's size in bytes. Only multipart may hold more than one image.
+        `json` reads a JSON body that is not {"image": "<base64>"}.
 
         Raises MalformedRequest, UnsupportedMediaType, BodyTooLarge, UploadTimeout, MemoryFull, ClientGone.
         """
@@ -232,7 +232,7 @@ class Uploads:
             self._count(-size)
 
     def _form(self, headers: Headers, max_images: int, json: JsonImage | None) -> tuple[Form[list[bytearray]], int]:
-        """The parser of this Content-Type, and how many bytes it may get."""
+        """Return the parser of this Content-Type, and how many bytes it may get."""
         media_type, options = parse_options_header(headers.get("content-type", ""))
         if media_type == b"multipart/form-data":
             if not options.get(b"boundary"):
@@ -252,7 +252,7 @@ class Uploads:
         raise UnsupportedMediaType(_expected(media_type, hint))
 
     def max_body_bytes(self, most: int) -> int:
-        """Bound a body that may have so many bytes of images."""
+        """Return the largest body with so many bytes of images."""
         return min(most, self._held.limit) + OVERHEAD_BYTES
 
     async def _feed(self, form: Form[Any], receive: Receive, max_body_bytes: int) -> int:

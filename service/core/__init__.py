@@ -1,1 +1,1 @@
-"""Images: admitted, decoded, run, finished. Knows no HTTP."""
+"""The core: admits, decodes, runs and finishes images. Knows no HTTP."""

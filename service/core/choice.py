@@ -1,11 +1,11 @@
-"""A worker's next step: a pure function of who waits, what is under way, the lanes and now. Tested as a table.
+"""A worker's next step: a pure function of the waiting jobs, the work under way, the lanes and the time.
 
-`Waiting` is who waits for what; the line alone changes it, under its lock. `choose` looks at it.
+`Waiting` holds what waits and what is under way. The line alone changes it, under its lock; `choose` reads it.
 
-In this order: run where a lane is free; finish; decode or draw, the older job first among those that memory and the
-large ones leave room for. A batch: the oldest part leads,
-then the oldest others of its model and canvas. The device is busy with one model at a time; beside another run only a
-full batch starts, since who comes before that run ends can still join any other.
+The order is: run if a lane is free; finish; decode or draw, the older job first among those that memory and large
+pictures leave room for. A batch is led by the oldest part, and the oldest others of its model and canvas join. The
+device runs one model at a time. While another batch runs, only a full one starts: pictures that come before that run
+ends can still join any other batch.
 """
 
 from bisect import insort
@@ -22,14 +22,14 @@ from service.core.job import Job, Part, State
 from service.core.store import LoadedModel
 
 TURNS_AHEAD = 2
-"""Canvases decoded ahead of the device, in all that it takes at once. To decode all at once that came at once would
-delay the first of them by the decoding of the last, and hold the pixels of all."""
+"""Canvases decoded ahead, in multiples of what the device takes at once. Decoding all pictures of a burst at once would
+delay the first by the decoding of the last, and hold the pixels of all."""
 LARGEST_SHARE = 15 / 16
-"""Share of the memory for decoding: the rest is for small pictures, however large the one beside them is."""
+"""Largest share of the decoding memory for one picture; the rest is for small ones."""
 LARGE_BYTES = 256 * 2**20
-"""A picture whose decoding takes so much memory takes about half a second of it too, or more."""
+"""Decoding memory from which a picture is large; its decoding takes half a second or more."""
 MAX_UNFINISHED_BATCHES = 2
-"""No run starts while so many have run and are not answered."""
+"""Batches that have run and are not yet answered, at which no run starts."""
 
 
 @dataclass(eq=False)
@@ -40,11 +40,11 @@ class Run:
     lane: Lane
     started: float = 0
     candidates: list[Candidates] = field(default_factory=list)
-    """Left by the worker, one for each part, unless there is an error."""
+    """Result, left by the worker: one for each part, unless there is an error."""
     error: Exception | None = None
-    """Left by the worker: what fails the whole batch."""
+    """Error of the whole batch, left by the worker."""
     device_lost: bool = False
-    """Left by the worker: nothing is tried again."""
+    """True, left by the worker: the device is lost, and nothing is tried again."""
 
     @property
     def model(self) -> LoadedModel:
@@ -58,9 +58,9 @@ class Decode:
     job: Job
     started: float = 0
     parts: list[Part] = field(default_factory=list)
-    """Left by the worker, unless there is an error."""
+    """Result, left by the worker, unless there is an error."""
     error: Exception | None = None
-    """Left by the worker."""
+    """Error, left by the worker."""
 
 
 @dataclass(eq=False)
@@ -73,7 +73,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class Wait:
-    """There is nothing to do before `until`, time.monotonic(); None: before the line changes."""
+    """There is nothing to do before `until`, time.monotonic(); None: until the line changes."""
 
     until: float | None = None
 
@@ -89,28 +89,28 @@ Step = Work | Wait | End
 
 @dataclass
 class Waiting:
-    """Everyone who waits, and all that is under way. In order, the oldest first."""
+    """All jobs that wait and all work under way, the oldest first."""
 
     decode_threads: int
     """Workers that may decode or draw at once."""
     max_batch_delay_seconds: float = 0
     max_decode_bytes: float = inf
-    """Memory of all that is decoded or drawn at once, unless a single picture takes more."""
+    """Most memory of all pictures being decoded or drawn; a single picture may take more."""
     max_decoded_bytes: float = inf
-    """Canvases decoded ahead hold no more than this, unless a single one does."""
+    """Most bytes of canvases decoded ahead; a single one may hold more."""
     large_bytes: int = LARGE_BYTES
-    """Pictures are large or small by the memory that decoding them takes."""
+    """Decoding memory from which a picture is large."""
     large_last: bool = False
-    """The last picture whose decoding or drawing began is a large one."""
+    """True: the last picture whose decoding or drawing began is a large one."""
     encoded: deque[Job] = field(default_factory=deque)
     ready: list[Part] = field(default_factory=list)
-    """Parts to be run again come before all others."""
+    """Parts that wait for the device; those to be run again come first."""
     ran: deque[deque[Job]] = field(default_factory=deque)
-    """To be finished, a deque for each batch."""
+    """Jobs to be finished, a deque for each batch."""
     drawings: deque[Job] = field(default_factory=deque)
-    """To be finished where pictures are decoded."""
+    """Drawings to be finished, by workers that decode."""
     cut: dict[Job, int] = field(default_factory=dict)
-    """Jobs that hold their pictures, since windows are to be cut from them, and the pictures' bytes."""
+    """Bytes of the pictures that jobs hold because windows are still to be cut."""
     under_way: dict[Work, None] = field(default_factory=dict)
     closing: bool = False
 
@@ -121,26 +121,26 @@ class Waiting:
         return [work for work in self.under_way if isinstance(work, Run)]
 
     def needed_bytes(self, job: Job) -> int:
-        """Say what its next step at a decoder takes; to cut windows from a picture that is held takes nothing."""
+        """Return the memory of its next step at a decoder; cutting windows from a held picture takes none."""
         return 0 if job in self.cut else job.decode_bytes
 
     def hold_picture(self, job: Job) -> None:
-        """Count the job's picture as held, or no more."""
+        """Count the job's picture as held, or as no longer held."""
         self.cut.pop(job, None)
         if job.picture is not None:
             self.cut[job] = job.picture.nbytes
 
     def append(self, job: Job) -> None:
-        """The job comes last, to be decoded."""
+        """Append the job, to be decoded."""
         job.turn = next(self.turns)
         self.encoded.append(job)
 
     def insert(self, part: Part) -> None:
-        """The part waits for the device, in its job's turn."""
+        """Let the part wait for the device, in its job's turn."""
         insort(self.ready, part, key=_order)
 
     def begin(self, work: Work) -> None:
-        """Take what was chosen out of those that wait."""
+        """Remove the chosen work from what waits."""
         self.under_way[work] = None
         if isinstance(work, Decode) or (isinstance(work, Finish) and work.job.draws):
             self.large_last = self.needed_bytes(work.job) >= self.large_bytes
@@ -156,7 +156,7 @@ class Waiting:
                 self.ran.popleft()
 
     def _begin_run(self, run: Run) -> None:
-        """Put what is left of the batch's jobs behind all others that wait now."""
+        """Put the remaining parts of the batch's jobs behind all others that wait now."""
         batch, jobs = set(run.parts), {part.job for part in run.parts}
         self.ready = [part for part in self.ready if part not in batch]
         for job in {part.job: None for part in self.ready if part.job in jobs}:
@@ -164,7 +164,7 @@ class Waiting:
             self.ready.sort(key=_order)
 
     def remove(self, job: Job) -> None:
-        """The job waits for nothing any more."""
+        """Remove the job from all that waits."""
         self.cut.pop(job, None)
         if job.state is State.ENCODED:
             self.encoded.remove(job)
@@ -175,7 +175,7 @@ class Waiting:
 
 
 def choose(waiting: Waiting, now: float) -> Step:
-    """The next step of one worker. With a Run its lane is taken; nothing else changes. `now` is time.monotonic()."""
+    """Choose the next step of one worker. A Run takes its lane; nothing else changes. `now` is time.monotonic()."""
     run = _run(waiting, now)
     if isinstance(run, Run):
         return run
@@ -189,7 +189,7 @@ def choose(waiting: Waiting, now: float) -> Step:
 
 
 def _run(waiting: Waiting, now: float) -> Run | Wait | None:
-    """The run that can start; Wait: its batch shall wait for others to fill it; None: until the line changes."""
+    """Return the run that can start; Wait: its batch waits to be filled; None: no run can start."""
     if not waiting.ready or len(waiting.ran) >= MAX_UNFINISHED_BATCHES:
         return None
     runs = waiting.runs
@@ -212,7 +212,7 @@ def _run(waiting: Waiting, now: float) -> Run | Wait | None:
 
 
 def _batches(waiting: Waiting) -> Iterator[list[Part]]:
-    """The batch that each group's oldest part leads, the oldest leader first."""
+    """Return the batch that each group's oldest part leads, the oldest leader first."""
     seen = set()
     for leader in waiting.ready:
         if leader.alone:
@@ -224,8 +224,8 @@ def _batches(waiting: Waiting) -> Iterator[list[Part]]:
 
 
 def _decode_or_draw(waiting: Waiting) -> Job | None:
-    """The job that a decoder takes next: the oldest that may. Large ones leave a decoder to the small, and where there
-    is but one, a small one comes after each."""
+    """Return the job that a decoder takes next: the oldest allowed one. Large pictures leave one decoder to small ones;
+    with a single decoder, a small one follows each large one."""
     decoding = [work.job for work in waiting.under_way if isinstance(work, Decode)]
     drawing = [work.job for work in waiting.under_way if isinstance(work, Finish) and work.job.draws]
     taken = [waiting.needed_bytes(job) for job in decoding + drawing]
@@ -241,8 +241,8 @@ def _decode_or_draw(waiting: Waiting) -> Job | None:
 
 
 def _first_that_fits(waiting: Waiting, due: Iterable[Job], taken: Sequence[float]) -> Job | None:
-    """The first, unless memory is short. While one large picture holds most of it, smaller ones pass those that must
-    wait for it; else nobody passes who needs some, so that a large one gets its turn."""
+    """Return the first job, unless memory is short. While one large picture holds most of it, smaller jobs overtake
+    those that wait for memory. Otherwise no job that needs memory overtakes, so that a large one gets its turn."""
     held, limit = [*taken, *waiting.cut.values()], waiting.max_decode_bytes
     left = limit - sum(held) if held else inf
     others_pass, passing = max(held, default=0) > limit / 2, True
@@ -255,7 +255,7 @@ def _first_that_fits(waiting: Waiting, due: Iterable[Job], taken: Sequence[float
 
 
 def _is_next(waiting: Waiting, decoding: int) -> bool:
-    """So few canvases are decoded, or being decoded, that the device takes the next one's soon."""
+    """Tell whether so few canvases are decoded or being decoded that the device takes the next one soon."""
     if not waiting.encoded:
         return False
     model, ahead = waiting.encoded[0].model, len(waiting.ready) + decoding
@@ -264,5 +264,5 @@ def _is_next(waiting: Waiting, decoding: int) -> bool:
 
 
 def _order(part: Part) -> tuple[bool, int]:
-    """Sort what is run again first, then by who came first."""
+    """Sort key: parts to be run again first, then by arrival."""
     return not part.alone, part.job.turn

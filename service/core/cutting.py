@@ -1,6 +1,6 @@
-"""A picture cut into windows, a few at a time, and its answer gathered out of theirs.
+"""Cutting a picture into windows, a few at a time, and merging their detections.
 
-Only who works on the job calls these: a decoder, or who finishes it.
+Only the worker that has the job calls these functions.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from service.core.job import Job, Part
 
 
 class TooManyWindows(Exception):
-    """The tiles are so small that the picture has more windows than are allowed; the message says which would do."""
+    """The picture has more windows than allowed; the message names the smallest tile that fits."""
 
 
 def check_windows(size: tuple[int, int], tiling: Tiling, max_windows: int) -> int:
@@ -30,7 +30,7 @@ def check_windows(size: tuple[int, int], tiling: Tiling, max_windows: int) -> in
 
 
 def begin_cutting(job: Job, tiling: Tiling, picture: Pixels, max_windows: int) -> None:
-    """Hold the picture, and plan its windows after the whole of it. TooManyWindows."""
+    """Hold the picture, and plan its canvases: the whole picture, then its windows. TooManyWindows."""
     height, width, _ = picture.shape
     check_windows((height, width), tiling, max_windows)
     job.picture, job.picture_size = picture, (height, width)
@@ -38,7 +38,7 @@ def begin_cutting(job: Job, tiling: Tiling, picture: Pixels, max_windows: int) -
 
 
 def cut(job: Job) -> list[Part]:
-    """Make the canvases of the next windows, as many as the device takes at once; gather what the last ones showed."""
+    """Make the canvases of the next windows, as many as the device takes at once; keep the last ones' detections."""
     assert job.picture is not None
     _gather(job)
     model = job.model
@@ -52,7 +52,7 @@ def cut(job: Job) -> list[Part]:
 
 
 def merged(job: Job) -> Detections:
-    """The detections that the job's options leave, original pixels, best score first."""
+    """Merge the detections of all windows, by the job's options: original pixels, best score first."""
     _gather(job)
     assert job.found is not None
     options = job.options

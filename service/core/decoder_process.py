@@ -1,12 +1,12 @@
 """A child process that decodes one picture at a time: `python -m service.core.decoder_process FD MEMORY_BYTES`.
 
 No decoder is trusted. The process reads requests from the socket FD and writes answers to it, until the other end
-closes. It knows neither the model nor the network, may take no more memory than it is told, ends with its parent, and
-is killed when it takes too long.
+closes. It has neither the model nor the network. It may take no more memory than the request allows, ends with its
+parent, and is killed when it takes too long.
 
-A request is a Request as JSON and then its `size` bytes of encoded picture, an answer an Answer as JSON and then its
-`size` bytes; each JSON has its length before it, four bytes, little-endian. The parent takes nothing else from here:
-numbers that it checks, and pixels.
+A request is a Request as JSON, followed by its `size` bytes of encoded picture. An answer is an Answer as JSON and its
+`size` bytes. The length of each JSON precedes it, four bytes, little-endian. The parent takes nothing from here but
+numbers, which it checks, and pixels.
 """
 
 import json
@@ -33,11 +33,11 @@ from service.drawing import PictureFormat, draw, encode_picture
 LENGTH = struct.Struct("<I")
 MAX_TEXT = 1000
 MIN_SECONDS = 0.05
-"""A timeout of 0 would mean not to wait at all."""
+"""Shortest timeout; 0 would mean not to wait at all."""
 MAX_REQUEST_BYTES = 2**32 - 1
-"""The parent is trusted: what can be announced."""
+"""Largest announced request; the parent is trusted."""
 MAX_ANSWER_BYTES = 64 * 1024
-"""A decoder is not."""
+"""Largest announced answer; a decoder is not trusted."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Drawing:
     scores: list[float]
     labels: list[int]
     names: dict[str, str]
-    """By label, as text: JSON has no other keys."""
+    """Names by label, which is text here: JSON has no other keys."""
     picture_format: PictureFormat
 
 
@@ -57,13 +57,13 @@ class Request:
     size: int
     max_pixels: int
     memory_bytes: int
-    """It may take so much more than at rest,"""
+    """Memory that it may take above its rest."""
     cpu_seconds: float
-    """and so many of all its threads."""
+    """CPU seconds that all its threads together may take."""
     resize: tuple[int, int, int] | None = None
-    """A canvas is wanted: shorter side, longest side, divisor."""
+    """Shorter side, longest side and divisor, if a canvas is wanted."""
     drawing: Drawing | None = None
-    """A drawing is wanted. Neither: the picture as it is."""
+    """The drawing, if one is wanted. Without a canvas or a drawing the picture comes as it is."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def main(descriptor: int, memory_bytes: int) -> None:
 
 
 def _limit(kind: int, value: int) -> None:
-    """Set the soft limit, which the next picture may need higher."""
+    """Set the soft limit, so that it can be raised for the next picture."""
     resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
@@ -105,7 +105,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def _end_with_parent(descriptor: int) -> None:
-    """Whatever runs: the parent's end of the socket closes with it."""
+    """End this process, whatever it runs, when the parent's end of the socket closes."""
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP)
     poll.poll()
@@ -162,7 +162,7 @@ def send(connection: socket.socket, header: "Request | Answer", payload: "bytes 
 
 
 def receive_json(connection: socket.socket, max_bytes: int, deadline: float | None = None) -> dict[str, Any] | None:
-    """None: the other end has closed. ValueError: what it announces is longer, or no JSON."""
+    """Receive a JSON value; None: the other end has closed. ValueError: it is too long, or not JSON."""
     head = bytearray(LENGTH.size)
     if not receive_into(connection, memoryview(head), deadline):
         return None
@@ -195,7 +195,7 @@ def _request(values: dict[str, Any]) -> Request:
 
 
 def _address_space() -> int:
-    """Bytes of this process's address space now."""
+    """Return the bytes of this process's address space."""
     with open("/proc/self/statm") as file:  # noqa: PTH123
         return int(file.read().split()[0]) * resource.getpagesize()
 

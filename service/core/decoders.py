@@ -1,8 +1,8 @@
-"""The child processes that decode pictures, and what becomes of those that take too long or too much.
+"""The child processes that decode pictures, with their bounds of time and memory.
 
-One child for each worker that may decode, started early. A child is killed, and another started in its place, when its
-picture's deadline has come, when nobody waits for the picture any more, or when it has died by itself; so a decode
-never outlives its answer. What comes out of a child is checked before it is used.
+Each worker that may decode has one child, started early. A child is killed and replaced at its picture's deadline, or
+when nobody waits for the picture any more; a child that has died is replaced too. So no decode outlives its answer. A
+child's output is checked before it is used.
 """
 
 import logging
@@ -33,9 +33,9 @@ from service.metrics import DecoderMetrics
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-"""Seconds after which a child is killed that nobody waits for, at most."""
+"""Longest time until a child is killed for which nobody waits."""
 MEMORY_BYTES = 1200 * 2**20
-"""Memory of a decode, above what a child takes at rest: the largest legal picture of every format fits."""
+"""Most memory of a decode above a child's rest: the largest legal picture of every format fits."""
 MAX_DRAWING_BYTES = 512 * 2**20
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
@@ -43,14 +43,14 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""A large picture's blocks go back to the system when they are freed, where glibc would keep them in the heap, and no
-address space is set aside for each thread; and no child starts a thread for each core."""
+"""Settings by which a large picture's blocks go back to the system when they are freed (glibc would keep them in the
+heap), no address space is reserved for each thread, and no child starts a thread for each core."""
 LEAST_BYTES = 192 * 2**20
-"""Room for what takes memory however small the picture is: code, tables, and what comes of the encoded bytes."""
+"""Memory that a picture of any size needs: code, tables, and values made of the encoded bytes."""
 LEAST_SECONDS, SECONDS_PER_PIXEL = 5, 0.5e-6
-"""CPU seconds of a decode: ten times what the dearest legal pictures take."""
+"""CPU seconds of a decode: ten times what the slowest legal pictures take."""
 DRAWING_TAKES = 2
-"""Times as long as decoding alone; drawing 5,000 boxes onto the largest picture takes 7 s."""
+"""Factor on the CPU seconds for a drawing; drawing 5,000 boxes onto the largest picture takes 7 s."""
 KillReason = Literal["deadline", "cancelled", "cpu", "died"]
 TOO_DEAR = "the decoder broke on this picture: it is damaged, or takes too much memory"
 REFUSALS = {"died": TOO_DEAR, "cpu": "the picture takes more time to decode than one of its size should"}
@@ -78,12 +78,12 @@ class Decoders:
         metrics.processes.set_function(lambda: len(self._alive))
 
     def start(self) -> None:
-        """Start the children; until each is ready, who asks it waits."""
+        """Start the children. A request waits until its child is ready."""
         for _ in range(self._count):
             self._add()
 
     def close(self) -> None:
-        """Kill them all; who waits for one gets InvalidImage."""
+        """Kill all children; requests to them fail with InvalidImage."""
         with self._lock:
             self._closed = True
             for child in self._alive:
@@ -105,7 +105,7 @@ class Decoders:
         )
 
     def picture(self, job: Job) -> Pixels:
-        """Decode the job's picture, which comes here as it is. Raises what `canvas` raises."""
+        """Decode the job's picture, without a resize. Raises what `canvas` raises."""
         answer, payload = self._ask(job, self._request(job))
         height, width = answer.original_size
         if height * width > job.max_pixels or len(payload) != height * width * 3 or not payload:
@@ -126,7 +126,7 @@ class Decoders:
     def _request(
         self, job: Job, *, resize: tuple[int, int, int] | None = None, drawing: Drawing | None = None
     ) -> Request:
-        """Allow what a picture of this claim may take."""
+        """Make a request with the memory and time that a picture of this claim may take."""
         memory_bytes = min(self._memory_bytes, job.decode_bytes + LEAST_BYTES)
         cpu_seconds = LEAST_SECONDS + SECONDS_PER_PIXEL * job.max_pixels
         if drawing is not None:
@@ -175,7 +175,7 @@ class Decoders:
 
 
 class _Child:
-    """One process, and the socket to it. One thread at a time."""
+    """One process, and the socket to it. For one thread at a time."""
 
     def __init__(self, memory_bytes: int) -> None:
         self._connection, theirs = socket.socketpair()
@@ -190,7 +190,7 @@ class _Child:
                 raise
 
     def ask(self, request: Request, job: Job) -> tuple[Answer, bytearray] | KillReason:
-        """Its answer, or why it must be killed."""
+        """Return the child's answer, or the reason to kill it."""
         try:
             self._connection.settimeout(max(POLL_SECONDS, job.deadline - time.monotonic()))
             send(self._connection, request, job.data)
@@ -207,14 +207,14 @@ class _Child:
         return self._why_it_died()
 
     def _why_it_died(self) -> KillReason:
-        """After it has closed its socket, or sent what makes no sense."""
+        """Say why it died, after it has closed its socket or sent nonsense."""
         with suppress(subprocess.TimeoutExpired):
             if self._process.wait(POLL_SECONDS) == -signal.SIGXCPU:
                 return "cpu"
         return "died"
 
     def _wait(self, job: Job) -> KillReason | None:
-        """Until the answer comes; why nobody needs it any more."""
+        """Wait until the answer comes; return the reason if nobody needs it any more."""
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
         while not poll.poll(POLL_SECONDS * 1000):

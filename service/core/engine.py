@@ -1,8 +1,7 @@
 """The workers: each takes a step from the line, does it, and comes back for the next.
 
-encoded bytes --Decode--> canvas --Run--> candidates --Finish--> detections → what the caller makes of them. Knows no
-HTTP. Each lap of a job's stopwatch ends one stage and begins the next; waiting for a worker and waiting for the device
-are both `queue`.
+encoded bytes --Decode--> canvas --Run--> candidates --Finish--> detections → the caller's result. Knows no HTTP. Each
+lap of a job's stopwatch ends one stage and begins the next; waiting for a worker and for the device are both `queue`.
 """
 
 import asyncio
@@ -31,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_SELF_TEST = 3
 PICTURE_BYTES_PER_PIXEL = 3
-"""A picture with tiles comes out of its decoder as a whole."""
+"""Bytes per pixel of a picture with tiles, which leaves its decoder as a whole."""
 COPIES = 3
-"""Times that a picture's encoded bytes are in memory while it is decoded."""
+"""Copies of a picture's encoded bytes that are in memory while it is decoded."""
 
 
 class Engine:
-    """Takes pictures in, bounded, and answers each. One for each device."""
+    """Admits pictures, within bounds, and answers each. There is one for each device."""
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class Engine:
             worker.start()
 
     def close(self, timeout_seconds: float = 5) -> bool:
-        """Finish what was admitted; False: a worker is stuck."""
+        """Finish all admitted work; False: a worker is stuck."""
         end = time.monotonic() + timeout_seconds
         self.line.close()
         for worker in self._workers:
@@ -115,7 +114,7 @@ class Engine:
         return jobs
 
     def _plan(self, job: Job) -> None:
-        """Set what its work may take, by what its file claims, and hold that. MemoryFull: no room."""
+        """Set the bounds of the job's work by its file's claim, and hold that memory. MemoryFull: no room."""
         claim, tiling = claim_of(job.data), job.options.tiling
         job.max_pixels = claim.pixels_allowed(self._max_image_pixels)
         job.decode_bytes = claim.decode_bytes(self._max_image_pixels) + COPIES * len(job.data)
@@ -130,14 +129,14 @@ class Engine:
         self._hold(job)
 
     def _hold(self, job: Job) -> None:
-        """Count its bytes, and those of its drawing, until it is answered or nobody waits. MemoryFull: no room."""
+        """Count the job's bytes, and its drawing's, until it is answered or nobody waits. MemoryFull: no room."""
         if job.draws and self.answers.taken:
             self.answers.check(job.drawing_bytes)
         for held, count in ((self.bodies, len(job.data)), (self.answers, job.drawing_bytes)):
             held.hold_until_done(job.future, count)
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for it: do none of the work not yet begun. Call on the event loop."""
+        """Begin no more work of the job, because nobody waits for it. Call on the event loop."""
         self.line.leave(job)
         job.future.cancel()
 
@@ -167,7 +166,7 @@ class Engine:
             job.data = bytearray()
 
     def _canvas(self, job: Job) -> CanvasImage:
-        """Decode here what is sure to end soon, and all else in a child process."""
+        """Decode a picture here if that is sure to end soon, else in a child process."""
         resize = job.model.detector.metadata.resize
         image = decode_soon(job.data, max_pixels=job.max_pixels)
         if image is None:
@@ -178,7 +177,7 @@ class Engine:
         return canvas
 
     def _cut(self, job: Job) -> list[Part]:
-        """Cut the next windows; before the first of them the picture is decoded, and comes here as a whole."""
+        """Cut the next windows; for the first of them, decode the whole picture."""
         if job.picture is None:
             assert job.options.tiling is not None
             picture = decode_soon(job.data, max_pixels=job.max_pixels)
@@ -230,7 +229,7 @@ class Engine:
         return reason is not None
 
     def _self_test(self, model: LoadedModel) -> str | None:
-        """Tell a broken device from bad luck with images: run a grey one. Returns what is wrong with the device."""
+        """Run a grey image, to tell a broken device from images that fail. Return what is wrong with the device."""
         side = model.detector.metadata.resize.divisor
         try:
             model.detector.run([CanvasImage.uniform((side, side), 128)])
@@ -240,7 +239,7 @@ class Engine:
 
 
 def detected(job: Job) -> tuple[Detections, tuple[int, int]]:
-    """Make the detections of a job that has run, and say its picture's height and width."""
+    """Make the detections of a job that has run, with its picture's height and width."""
     if job.options.tiling is not None:
         return merged(job), job.picture_size
     [part] = job.parts
@@ -249,7 +248,7 @@ def detected(job: Job) -> tuple[Detections, tuple[int, int]]:
 
 
 def postprocess(candidates: Candidates, canvas: CanvasImage, options: Options) -> Detections:
-    """The detections that these options leave, original pixels, best score first."""
+    """Make detections of candidates by these options: original pixels, best score first."""
     kept = suppress(
         candidates,
         score_threshold=options.score_threshold,

@@ -1,9 +1,9 @@
 """One picture on its way through the line, and its stopwatch.
 
-A `Job` has *parts*, the canvases to run: one, or with tiles the whole picture and its windows, which are cut when they
-are needed, a few at a time; after each few the job goes behind all that wait. Its encoded bytes, its picture, its
-options and its answer belong to whoever works on it; `state` and all below it belong to the line, and change under its
-lock alone, but for what is cut: `picture`, `picture_size`, `uncut` and `found`.
+A `Job` has *parts*, the canvases to run: one, or with tiles the whole picture and its windows. Windows are cut a few at
+a time, when they are needed; after each few the job goes behind all others that wait. A job's encoded bytes, picture,
+options and answer belong to the worker that has it. `state` and the fields below it belong to the line, and change only
+under its lock, except those of cutting: `picture`, `picture_size`, `uncut` and `found`.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from service.core.store import LoadedModel
 
 
 class DeadlineExceeded(Exception):
-    """The answer was not there in time; work not begun by then is not done. Try again when there is less load."""
+    """The answer was not ready in time, and no more work is begun for it. Try again when there is less load."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Options:
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage. The stages touch: each lap begins where the last one ended."""
+    """Seconds by stage, without gaps: each lap begins where the last one ended."""
 
     started: float = field(default_factory=time.perf_counter)
     stages: dict[str, float] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Stopwatch:
         self._last = self._last or self.started
 
     def lap(self, stage: str, end: float | None = None) -> None:
-        """Book the time since the last lap under this stage, up to `end` (time.perf_counter(); now)."""
+        """Add the time since the last lap, up to `end` (time.perf_counter(), by default now), to this stage."""
         now = time.perf_counter() if end is None else end
         self.stages[stage] = self.stages.get(stage, 0) + now - self._last
         self._last = now
@@ -62,7 +62,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Detected:
-    """One picture's outcome: detections in original pixels."""
+    """One picture's detections, in original pixels."""
 
     detections: Detections
     original_size: tuple[int, int]
@@ -71,16 +71,16 @@ class Detected:
 
 
 Finish = Callable[[Detected, "Job"], Any]
-"""Makes the answer out of what was detected and, for a drawing, the job's picture; its result is the future's."""
+"""Makes the answer out of the detections and, for a drawing, the job's picture; its result is the future's."""
 
 
 class State(Enum):
     ENCODED = auto()
     DECODING = auto()
     READY = auto()
-    """Parts of it wait for the device."""
+    """State of a job with parts that wait for the device."""
     RUNNING = auto()
-    """All parts of it that have not run are on the device."""
+    """State of a job whose remaining parts are all on the device."""
     RAN = auto()
 
 
@@ -93,14 +93,14 @@ class Part:
     ready_at: float = 0
     """time.monotonic()"""
     alone: bool = False
-    """A batch that held it failed: it is run again, first and by itself."""
+    """True: its batch failed, so it is run again, first and by itself."""
     candidates: Candidates | None = None
     window: Window | None = None
-    """The rectangle of the picture that it shows, where its job has tiles."""
+    """The rectangle of the picture that it shows, if its job has tiles."""
 
     @property
     def group(self) -> tuple[LoadedModel, tuple[int, int]]:
-        """Parts of one group may share a batch."""
+        """The key of parts that may share a batch: model and canvas."""
         return self.job.model, self.canvas.canvas_size
 
 
@@ -109,42 +109,42 @@ class Job:
     data: bytearray
     """The encoded picture; empty once it is decoded, unless its answer is a drawing."""
     model: LoadedModel
-    """Its own from the start: neither a reload nor a neighbour in the batch changes it."""
+    """The model that served when the job was admitted; a reload does not change it."""
     options: Options
     deadline: float
-    """time.monotonic() after which nobody waits."""
+    """Time after which nobody waits, time.monotonic()."""
     watch: Stopwatch
     finish: Finish
     draws: bool
-    """Its answer takes as long as a decode: it is made where pictures are decoded, and its place lasts until then."""
+    """True: its answer is a drawing, which a decoder makes; the job keeps its place until then."""
     future: "asyncio.Future[Any]"
     canvases_left: int = 1
-    """Those that have not run; until the picture is decoded, by the size that it claims."""
+    """Canvases that have not run; until the picture is decoded, their number by the claimed size."""
     max_pixels: int = MAX_PIXELS
-    """The most that its reader may decode: what its file claims, if that is allowed."""
+    """Most pixels that its reader may decode: those that its file claims, if allowed."""
     decode_bytes: int = 0
-    """The most memory that decoding or drawing so many takes."""
+    """Most memory that decoding or drawing them takes."""
     drawing_bytes: int = 0
-    """Room for its answer, where that is a drawing."""
+    """Memory for its answer, if that is a drawing."""
 
     state: State = State.ENCODED
     turn: int = 0
-    """Its position in the line: of two that could go on, the smaller turn does."""
+    """Its position in the line; the smallest goes first."""
     gone: bool = False
-    """Failed, cancelled or late: nothing more is begun for it."""
+    """True: it failed, was cancelled or is late, and no more work is begun for it."""
     in_hand: int = 0
-    """Pieces of it that workers have: its decoding, its drawing, or this many of its parts on the device."""
+    """Work that workers have: its decoding, its drawing, or this many of its parts on the device."""
     parts: list[Part] = field(default_factory=list)
-    """Those that were cut last, in order."""
+    """Parts that were cut last, in order."""
     parts_left: int = 0
-    """The number of them that have not run yet, or run now."""
+    """Number of these parts that have not finished running."""
     picture: Pixels | None = None
-    """Held while windows are to be cut from it."""
+    """The decoded picture, while windows are still to be cut from it."""
     picture_size: tuple[int, int] = (0, 0)
-    """Its height and width, where the job has tiles."""
+    """Its height and width, if the job has tiles."""
     uncut: deque[Window] = field(default_factory=deque)
     found: Found | None = None
-    """The objects in the windows that were cut before."""
+    """The objects found in earlier windows."""
 
     def answer(self, result: Any) -> None:
         """Hand the answer to whoever waits, from any thread."""
@@ -155,6 +155,6 @@ class Job:
         self.future.get_loop().call_soon_threadsafe(self._settle, self.future.set_exception, error)
 
     def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
-        """On the event loop."""
+        """Set the future's result or error, on the event loop."""
         if not self.future.done():
             settle(outcome)

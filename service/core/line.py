@@ -1,13 +1,13 @@
-"""The line: everyone admitted, in order, under one lock. It admits or refuses, and says what a worker does next.
+"""The line: all admitted jobs, in order, under one lock. It admits or refuses, and chooses a worker's next step.
 
-ENCODED → DECODING → READY → RUNNING → RAN. A place is membership in the first four, or in RAN while a drawing is due;
-so nothing is given back: a job leaves once, and its place with it. A plain job leaves with its last run, before its
-answer is made. Who is cancelled or late leaves at once, or when the worker that has it comes back.
+A job goes ENCODED → DECODING → READY → RUNNING → RAN. It holds a place in the first four states, and in RAN while a
+drawing is due. It leaves once, and frees its place. A plain job leaves with its last run, before its answer is made. A
+cancelled or late job leaves at once, or when the worker that has it comes back.
 
 `admit`, `next`, `leave` and `evict` change the line; `refusal`, `snapshot` and `oldest_step` read it. A worker's `next`
-books what it has done and chooses what it does next in one critical section, so the worker that decoded a lone picture
-runs it and answers it. Workers without work are seated; whoever changes the line hands them what there is to do, so
-that none sleeps while there is something to choose, and none wakes for nothing.
+records what it has done and chooses its next step in one critical section, so the worker that decoded a lone picture
+also runs and answers it. Idle workers wait on seats. A thread that changes the line hands them the steps that have
+become possible, so no worker sleeps while there is work, and none wakes for nothing.
 """
 
 import threading
@@ -49,7 +49,7 @@ class Seat:
 
 
 class Line:
-    """Thread-safe. `next` is the workers'; any thread may call the others."""
+    """The line of one engine. Thread-safe: workers call `next`, and any thread may call the others."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Line:
         self._newest: LoadedModel | None = None
 
     def admit(self, jobs: Sequence[Job], timeout_seconds: float) -> None:
-        """Give all the jobs a place, or none. QueueFull: there are too few, or the wait would exceed the timeout."""
+        """Give all the jobs a place, or none. QueueFull: too few are free, or the wait would exceed the timeout."""
         with self._lock:
             if (refusal := self._refusal(len(jobs), timeout_seconds)) is not None:
                 raise refusal
@@ -89,7 +89,7 @@ class Line:
             self._hand_out()
 
     def next(self, done: Work | None = None) -> Work | End:
-        """Book what the worker has done, and wait for what it does next."""
+        """Record what the worker has done, and wait for its next step."""
         seat = Seat()
         step = self.take(done, seat)
         while isinstance(step, Wait):
@@ -97,7 +97,7 @@ class Line:
         return step
 
     def take(self, done: Work | None = None, seat: "Seat | None" = None) -> Step:
-        """Book what the worker has done and choose what it does next, or take a seat where there is nothing to do."""
+        """Record what the worker has done, and choose its next step or, if there is none, take a seat."""
         with self._lock:
             if done is not None:
                 self._book(done)
@@ -106,13 +106,13 @@ class Line:
             return self._sit(step, seat)
 
     def leave(self, job: Job) -> None:
-        """Begin no more of the job's work: nobody waits for it. Leaving twice is nothing."""
+        """Begin no more of the job's work, because nobody waits for it. A second call has no effect."""
         with self._lock:
             self._leave(job)
             self._hand_out()
 
     def evict(self, error: Exception) -> None:
-        """Fail everyone that waits, and will: the device can serve no more."""
+        """Fail all jobs, now and from now on: the device can serve no more."""
         with self._lock:
             self._lost = error
             for job in [job for job in self._jobs if job.state in (State.ENCODED, State.READY)]:
@@ -120,13 +120,13 @@ class Line:
             self._hand_out()
 
     def close(self) -> None:
-        """End each worker once there is nothing left to do."""
+        """End each worker as soon as no work is left."""
         with self._lock:
             self._waiting.closing = True
             self._hand_out()
 
     def look_again(self) -> None:
-        """Hand out what a change outside the line made possible: a lane is free."""
+        """Hand out steps that a change outside the line made possible: a lane is free."""
         with self._lock:
             self._hand_out()
 
@@ -141,7 +141,7 @@ class Line:
             return Snapshot(len(self._jobs), len(waiting.encoded), len(waiting.ready), running, self._expected_wait())
 
     def oldest_step(self) -> tuple[str, float] | None:
-        """Find what has been under way longest, "run", "decode" or "finish", and for how many seconds."""
+        """Return the kind of the oldest step under way, "run", "decode" or "finish", and its age in seconds."""
         with self._lock:
             oldest = next(iter(self._waiting.under_way), None)
             return None if oldest is None else (type(oldest).__name__.lower(), self._clock() - oldest.started)
@@ -158,7 +158,7 @@ class Line:
         return None
 
     def _expected_wait(self) -> float:
-        """Seconds until the canvases ahead have run, by the recent rates: an empty line never refuses."""
+        """Return the seconds until the canvases ahead have run, by the recent rates; 0 for an empty line."""
         return self._rate.seconds(len(self._jobs), sum(max(0, job.canvases_left - 1) for job in self._jobs))
 
     # Workers, seated and not.
@@ -170,7 +170,7 @@ class Line:
         return step
 
     def _rest(self, seat: Seat) -> Step:
-        """Wait until a step is handed over, or it is time to choose again."""
+        """Wait until a step is handed over, or until it is time to choose again."""
         timeout = None if seat.until is None else max(0.0, seat.until - self._clock())
         step: Step = Wait()
         with suppress(Empty):
@@ -183,7 +183,7 @@ class Line:
             return self._sit(self._take(), seat) if isinstance(step, Wait) else step
 
     def _hand_out(self) -> None:
-        """Give seated workers what there is to do, and one of them the time until which a batch may fill."""
+        """Give seated workers all possible steps, and one of them the time until which a batch may fill."""
         while self._seated:
             step = self._take()
             if isinstance(step, Wait) and (
@@ -197,7 +197,7 @@ class Line:
     # What a step changes when it begins and when it is done. The lock is held.
 
     def _take(self) -> Step:
-        """Choose, and begin what is chosen."""
+        """Choose a step and begin it."""
         now = self._clock()
         if now >= self._first_deadline:
             self._drop_late(now)
@@ -266,8 +266,8 @@ class Line:
             self._waiting.ran.append(ran)
 
     def _book_part(self, job: Job, ran: deque[Job]) -> None:
-        """A part of the job has run. With the last of those that were cut the next are due, behind all that wait; with
-        the last of all a plain job's place is free."""
+        """Record that a part of the job has run. After the last part that was cut, the next windows are due, behind all
+        that wait. After the last of all, a plain job frees its place."""
         job.parts_left -= 1
         job.canvases_left -= 1
         if job.parts_left:
@@ -284,7 +284,7 @@ class Line:
             ran.append(job)
 
     def _leave(self, job: Job, error: Exception | None = None) -> None:
-        """Take the job from all that wait. A worker that has it keeps its place until it comes back."""
+        """Remove the job from all that wait. If a worker has it, its place is freed when that worker comes back."""
         if job.gone:
             return
         job.gone = True

@@ -1,4 +1,4 @@
-"""How much memory requests may hold together: one figure, by the limit of the container, and its parts."""
+"""The memory budget of requests: one total, from the container's limit, and its parts."""
 
 import asyncio
 import os
@@ -9,53 +9,53 @@ from typing import Any
 from service.core.refusals import Refusal
 
 SHARE_OF_LIMIT = 0.5
-"""Share of the memory that this process may have; the rest is the service at rest, the model and its runs."""
+"""Share of this process's memory limit; the rest is for the idle service, the model and its runs."""
 BYTES_PER_DECODER = 512 * 2**20
 MIN_DECODERS = 2
-"""One picture of 50 million pixels shall fit, however few decode."""
+"""Decoders that count at least, so that one picture of 50 million pixels fits."""
 
 
 class MemoryFull(Refusal):
-    """Requests hold too many bytes at once: send it again later."""
+    """Requests hold too many bytes at once: send the request again later."""
 
     retry_after_seconds = 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that all requests may hold together, in parts. What needs more than its part is taken alone."""
+    """Bytes that all requests may hold together, in parts. A request that needs more than its part is taken alone."""
 
     total: int
 
     @classmethod
     def of(cls, decode_threads: int, limit: int | None = None) -> "Budget":
-        """`limit`: bytes that this process may have [the container's or the machine's]."""
+        """Make the budget. `limit`: bytes that this process may have [the container's or the machine's]."""
         by_limit = int(SHARE_OF_LIMIT * (memory_limit() if limit is None else limit))
         return cls(min(by_limit, max(MIN_DECODERS, decode_threads) * BYTES_PER_DECODER))
 
     @property
     def bodies(self) -> int:
-        """Those that arrive, or wait to be decoded and answered."""
+        """Bytes of bodies that arrive, or wait to be decoded and answered."""
         return self.total // 8
 
     @property
     def answers(self) -> int:
-        """Drawings from when they are asked for, and whatever its client has not read yet."""
+        """Bytes of requested drawings, and of answers that their clients have not read yet."""
         return self.total // 8
 
     @property
     def canvases(self) -> int:
-        """Those decoded ahead of the device."""
+        """Bytes of canvases decoded ahead of the device."""
         return self.total // 32
 
     @property
     def decoding(self) -> int:
-        """Pictures being decoded or drawn."""
+        """Bytes of pictures being decoded or drawn."""
         return self.total - self.bodies - self.answers - self.canvases
 
 
 class HeldBytes:
-    """Bytes of one kind that requests hold, of at most `limit`. On the event loop alone."""
+    """Bytes of one kind that requests hold, at most `limit`. For the event loop alone."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -77,7 +77,7 @@ class HeldBytes:
 
 
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may have: its container's limit, at most the machine's memory."""
+    """Return the bytes that this process may have: its container's limit, at most the machine's memory."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:

@@ -1,8 +1,8 @@
-"""The errors that say: not now."""
+"""The errors of a service that cannot take a request now."""
 
 
 class Refusal(Exception):
-    """The service cannot take it now. Try again after `retry_after_seconds`, or another replica."""
+    """The service cannot take the request now. Try again after `retry_after_seconds`, or try another replica."""
 
     retry_after_seconds: int
 

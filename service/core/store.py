@@ -1,10 +1,11 @@
 """The model that serves, and its replacement while it serves.
 
-One thread, "model loader", has the file opened, verified and warmed up aside, and only then swaps it in by one
-assignment. It waits for that no longer than a deadline: a thread of its own opens each file; one that is stuck is told
-to end, and its file not tried again before that. Jobs hold on to the `LoadedModel` they began with, so batches in
-flight finish on the old one. A bad file leaves the old one serving. The loader looks for a changed file (the same over
-two polls, so half-copied files are left alone), tries one that failed again (`wanted`), and reloads on request.
+One thread, "model loader", has a new file opened, verified and warmed up while the old model serves, and then swaps it
+in by one assignment. A further thread opens each file, so that the loader waits no longer than a deadline. An opening
+that is stuck is told to end, and its file is not tried again before it has ended. Jobs keep the `LoadedModel` that they
+began with, so batches in flight finish on the old one. A bad file leaves the old model serving. The loader looks for a
+changed file (equal over two polls, so half-copied files are left alone), retries one that failed (`wanted`), and
+reloads on request.
 """
 
 import logging
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class NotReady(Refusal):
-    """No model serves now: loading, or the device is lost. Try later, or another replica."""
+    """No model serves now: it is loading, or the device is lost. Try later, or try another replica."""
 
     retry_after_seconds = 2
 
@@ -49,7 +50,7 @@ class LoadedModel:
 
     @cached_property
     def canvas_bytes(self) -> int:
-        """The most that the canvas of one picture takes."""
+        """Most bytes that the canvas of one picture takes."""
         return math.prod(self.detector.metadata.resize.largest_canvas) * 3
 
 
@@ -70,7 +71,7 @@ class ModelStore:
         max_batch_size: int | None = None,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
-        """`name`: what the model is called, whatever its file says."""
+        """Make a store without a model. `name` replaces the name in the model file."""
         self._path = path
         self._name = name
         self._open_detector = open_detector
@@ -80,19 +81,19 @@ class ModelStore:
         self._max_batch_size = max_batch_size
         self._first_retry_seconds = first_retry_seconds
         self.wake = threading.Event()
-        """Set it to have the file looked at now."""
+        """Event that makes the loader look at the file now."""
         self._reload_asked = False
         self._closing = False
         self._last_failure = ""
-        """Logged already."""
+        """The last failure, which is logged already."""
         self.current: LoadedModel | None = None
         self._stuck: dict[Stamp, Future[Loaded]] = {}
-        """Openings that have not ended: a file is not tried again meanwhile, for each try would leave a thread."""
+        """Openings that have not ended. Their files are not tried again meanwhile: each try would leave a thread."""
         self.device_fault: str | None = None
         """The reason why the device can serve no more, for the rest of the process's life."""
 
     def serving(self) -> LoadedModel:
-        """The model for a new request. NotReady: there is none."""
+        """Return the model for a new request. NotReady: there is none."""
         if self.device_fault is not None:
             raise NotReady(f"the device has failed: {self.device_fault}")
         if self.current is None:
@@ -100,8 +101,8 @@ class ModelStore:
         return self.current
 
     def start(self, on_failure: Callable[[str], None], on_loaded: Callable[[], None] = lambda: None) -> None:
-        """Load, then watch the file. One of the two is called, on the loader's thread, after the first load;
-        `on_failure` with the reason."""
+        """Load, then watch the file. After the first load the loader's thread calls `on_loaded`, or `on_failure` with
+        the reason."""
         threading.Thread(target=self._live, args=(on_failure, on_loaded), name="model loader", daemon=True).start()
 
     def close(self) -> None:
@@ -109,12 +110,12 @@ class ModelStore:
         self.wake.set()
 
     def ask_reload(self) -> None:
-        """Reload soon, changed or not. Safe in a signal handler."""
+        """Have the file reloaded soon, changed or not. Safe in a signal handler."""
         self._reload_asked = True
         self.wake.set()
 
     def load(self) -> None:
-        """Replace the model. Raises what is FORESEEN, and leaves it as it was."""
+        """Replace the model. On an error in FORESEEN, which is raised, the old model stays."""
         stamp = stamp_of(self._path)
         if stamp in self._stuck and not self._stuck[stamp].done():
             raise TimeoutError("the model is still stuck in being opened, and is not tried again before that ends")
@@ -124,7 +125,7 @@ class ModelStore:
         self._report(self.current, load_seconds, warmup_seconds)
 
     def _open(self) -> Loaded:
-        """The model, and the seconds that opening and warming it up took."""
+        """Return the model, and the seconds that opening and warming it up took."""
         started = time.perf_counter()
         detector = self._open_detector(self._path)
         opened = time.perf_counter()
@@ -142,11 +143,11 @@ class ModelStore:
 
     @property
     def is_opening(self) -> bool:
-        """A file is being opened or warmed up, or is stuck in that."""
+        """Tell whether a file is being opened or warmed up, or is stuck in that."""
         return any(thread.name == OPENER for thread in threading.enumerate())
 
     def reload(self) -> bool:
-        """Load again and count it; False: it failed and the old model serves on."""
+        """Load again and count it; False: that failed, and the old model keeps serving."""
         try:
             self.load()
         except Exception as error:  # the loader's boundary: it must outlive any file, and look for the next
@@ -209,14 +210,14 @@ class ModelStore:
 
 @dataclass(frozen=True)
 class Opening:
-    """A call on a thread of its own, which nobody waits for longer than a time."""
+    """A call on a thread of its own, for which the caller waits for a limited time."""
 
     call: Callable[[], "Loaded"]
     stopper: Stopper = field(default_factory=Stopper)
     outcome: "Future[Loaded]" = field(default_factory=Future)
 
     def result(self, seconds: float | None) -> "Loaded":
-        """Return or raise what `call` does. TimeoutError: it takes longer; it is told to end, and left to itself."""
+        """Return or raise what `call` does. TimeoutError: it takes longer; it is told to end, and not waited for."""
         threading.Thread(target=self._run, name=OPENER, daemon=True).start()
         try:
             return self.outcome.result(seconds)

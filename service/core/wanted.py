@@ -1,7 +1,7 @@
-"""The model file that is wanted against the one that serves: do they differ, and is it time to load?
+"""The comparison of the wanted model file with the one that serves: do they differ, and is it time to load?
 
-A file is known by its stamp, what tells one version from the next. None is a file that is missing or cannot be looked
-at, and is as much a wanted state as any other. One thread, the loader's; knows neither clock nor disk.
+A stamp tells one version of a file from the next; None stands for a file that is missing or cannot be read, which is a
+wanted state too. For the loader's thread alone; knows neither clock nor disk.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LONGEST_RETRY_SECONDS = 300.0
 
 @dataclass
 class Wanted:
-    """The file as it was seen, tried and loaded; all times are of one monotonic clock, in seconds."""
+    """The file as it was seen, tried and loaded. All times are seconds of one monotonic clock."""
 
     served: Stamp
     """The version of the file that serves, before it was opened."""
@@ -26,7 +26,7 @@ class Wanted:
         self._retry_at = 0.0
 
     def is_due(self, stamp: Stamp, now: float) -> bool:
-        """Decide whether to load now, having looked at the file.
+        """Decide whether to load now, after a look at the file.
 
         It must differ from what serves, be the same as at the last look (half-copied files are left alone), and not
         have been tried yet, or have failed long enough ago.
@@ -48,7 +48,7 @@ class Wanted:
         self._retry_at = now + min(self.first_retry_seconds * 2 ** (self._failures - 1), LONGEST_RETRY_SECONDS)
 
     def seconds_to_wait(self, poll_seconds: float, now: float) -> float | None:
-        """Time until the next look; None: for ever. `poll_seconds` 0: only what failed is looked at again."""
+        """Return the time until the next look; None: there is none. `poll_seconds` 0: only a failed file is retried."""
         waits = [poll_seconds] if poll_seconds else []
         if self._failures:
             waits.append(max(self._retry_at - now, 0.1))

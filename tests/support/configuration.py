@@ -1,4 +1,4 @@
-"""Makes docs/configuration.md out of the settings: `make docs`, or python -m tests.support.configuration > FILE."""
+"""Make docs/configuration.md out of the settings: `make docs`, or python -m tests.support.configuration > FILE."""
 
 import re
 
@@ -6,23 +6,23 @@ from service.config import ENV_PREFIX, Settings, flag, shown_default
 
 HEAD = f"""# Configuration
 
-Every setting of `python -m service` is a flag and an environment variable. The flag wins. An unknown flag or
-`{ENV_PREFIX}` variable, or a value out of range, is one line on standard error and exit code 2. Sizes take units
-(`20MiB`); lists are separated by commas. What Compose itself reads, such as `REPLICAS`, is in
-[operations.md](operations.md#settings). `make docs` writes this page from `service/config.py`.
+Every setting of `python -m service` is a flag and an environment variable; the flag wins. An unknown flag or
+`{ENV_PREFIX}` variable, or a value out of range, prints one line on standard error and exits with code 2. Sizes take
+units (`20MiB`); lists are separated by commas. [operations.md](operations.md#settings) has the variables that Compose
+itself reads, such as `REPLICAS`. `make docs` writes this page from `service/config.py`.
 
 | flag | variable | default | what |
 |---|---|---|---|
 """
 NOTES = """
-- `--model`: a changed file, or SIGHUP, reloads it without losing a request; a bad one changes nothing.
-- `--device auto` falls back to the CPU loudly: in the log, in `/model` and by `retinaserve_provider_fallback`.
+- `--model`: the service reloads a changed file, also on SIGHUP, without losing a request. A bad file changes nothing.
+- `--device auto`: the log, `/model` and `retinaserve_provider_fallback` show when it falls back to the CPU.
 - `--runs-at-once`: on a CPU a request that is alone still gets every core. Concurrent runs share the cores through a
   second session, which holds a second copy of the weights.
-- `--drain-delay-seconds`: after SIGTERM `/readyz` says 503 while requests are still served. Then what is in flight
-  finishes, and the exit code is 0.
-- Where you start the service yourself, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in its environment lets a CPU use large
-  pages, as in the images.
+- `--drain-delay-seconds`: after SIGTERM `/readyz` is 503 for this time, while requests are still served. Then the
+  requests in flight finish, and the exit code is 0.
+- If you start the service yourself, set `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in its environment, as the images do:
+  it lets a CPU use large pages.
 """
 DEFAULT_IN_WORDS = re.compile(r" \[([^\]]*)\]$")
 

@@ -1,1 +1,1 @@
-"""The makings of bodies: multipart parts, base64 and quoted-printable, pictures in JSON."""
+"""Parsers of bodies: multipart, base64 and quoted-printable, pictures in JSON."""

@@ -1,6 +1,6 @@
-"""Text that stands for bytes: base64 in the dialects that people send, and MIME's transfer encodings.
+"""Decoders of text encodings: base64 in the variants that clients send, and MIME's transfer encodings.
 
-No step holds Python's lock for longer than some milliseconds; all together take up to 0.1 s, so they are not for the
+No step holds the GIL for longer than some milliseconds. All steps together take up to 0.1 s, so they are not for the
 event loop.
 """
 
@@ -14,15 +14,15 @@ _SPACE = b" \t\r\n"
 _URL_ESCAPES = {
     escape: bytes([letter]) for letter in b"+/=" + _SPACE for escape in (b"%%%02X" % letter, b"%%%02x" % letter)
 }
-"""Base64's letters as a URL escapes them; unquoting whatever there may be takes seconds."""
+"""Base64's letters as a URL escapes them. Unquoting every possible escape would take seconds."""
 _FOREIGN = re.compile(rb"[^A-Za-z0-9+/=]")
 _DATA_URL = re.compile(rb"\s*data:([^,]{0,200}),", re.IGNORECASE)
 
 
 def decode_base64(text: bytes | bytearray) -> bytearray:
-    """The bytes of base64 (RFC 4648) in either alphabet, with or without padding, white space and a data URL's head.
+    """Decode base64 (RFC 4648) in either alphabet, with or without padding, white space and a data URL's prefix.
 
-    ValueError says what it has that base64 has not.
+    ValueError names what is not base64.
     """
     if head := _DATA_URL.match(text):
         if not head[1].lower().endswith(b";base64"):
@@ -46,7 +46,7 @@ def decode_base64(text: bytes | bytearray) -> bytearray:
 
 
 def pieces(text: bytes | bytearray, escape: bytes, escape_bytes: int) -> Iterator[bytes | bytearray]:
-    """The text in pieces of 256 KiB or a little less, none of which ends within an escape of at most so many bytes."""
+    """Cut the text into pieces of 256 KiB or a little less. None ends within an escape of at most so many bytes."""
     start = 0
     while start < len(text):
         end = start + max(PIECE_BYTES, 2 * escape_bytes)
@@ -85,4 +85,4 @@ TRANSFER_ENCODINGS: Mapping[str, Callable[[bytearray], bytearray]] = {
     "base64": decode_base64,
     "quoted-printable": lambda data: bytearray(binascii.a2b_qp(data)),
 }
-"""Content-Transfer-Encoding (RFC 2045) of a form's part → what undoes it."""
+"""Decoders by the Content-Transfer-Encoding (RFC 2045) of a form's part."""

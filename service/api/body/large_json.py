@@ -1,9 +1,8 @@
-"""JSON that holds a few large strings, or large arrays of numbers: they stay bytes, and only the little around them is
-parsed.
+"""A parser of JSON with a few large strings or arrays of numbers: these stay bytes, and only the rest is parsed.
 
-Parsing the whole would build what nobody asked for, and hold Python's lock for all of it: 26 MiB with millions of keys
-stop every other request for seconds. Here no step holds it for longer than some milliseconds; all steps together take
-0.1 s, with numbers a second, so they are not for the event loop.
+Parsing the whole would hold the GIL: 26 MiB with millions of keys would stop every other request for seconds. Here no
+step holds it for longer than some milliseconds. All steps together take 0.1 s, with numbers a second, so they are not
+for the event loop.
 """
 
 import codecs
@@ -20,12 +19,12 @@ import numpy as np
 from service.api.body.encodings import PIECE_BYTES, pieces
 
 LARGE_BYTES = 4096
-"""Strings and arrays of more stay bytes."""
+"""Size from which strings and arrays stay bytes."""
 MAX_SMALL_BYTES = 64 * 1024
 """Bytes of a document besides its large strings."""
 MAX_QUOTES = 2000
 MAX_BACKSLASHES = 64
-"""In a row, before a quote."""
+"""Most backslashes in a row before a quote."""
 NUMBERS_BYTES = 64 * 1024
 _UINT8S = re.compile(rb"(?:[\[\s]*+\d{1,3}[\]\s]*+,)*+[\[\s]*+\d{1,3}[\]\s]*+")
 ESCAPE_BYTES = len(rb"\u002B")
@@ -35,7 +34,7 @@ Encoded = bytes | bytearray
 
 @dataclass(frozen=True)
 class LargeString:
-    """A string as it stands in the document: UTF-8, with its escapes."""
+    """A string of the document as bytes: UTF-8, with its escapes."""
 
     encoded: Encoded
 
@@ -43,7 +42,7 @@ class LargeString:
         return f"a string of {len(self.encoded)} bytes"
 
     def unescaped(self) -> Encoded:
-        """Its UTF-8, without the escapes that some encoders write / and + with. ValueError: it has other than ASCII."""
+        """Return the text without the escapes that some encoders use for / and +. ValueError: it is not ASCII."""
         if b"\\" not in self.encoded:
             return self.encoded
         parts = pieces(self.encoded, b"\\", ESCAPE_BYTES)  # an escaped backslash may be cut in two
@@ -52,7 +51,7 @@ class LargeString:
 
 @dataclass(frozen=True)
 class LargeNumbers:
-    """An array as it stands in the document, perhaps of arrays, and perhaps not of numbers."""
+    """An array of the document as bytes. It may hold arrays, or other values than numbers."""
 
     encoded: Encoded
 
@@ -60,7 +59,7 @@ class LargeNumbers:
         return f"an array of {len(self.encoded)} bytes"
 
     def as_uint8(self, count: int) -> bytearray:
-        """Return its numbers, however they are nested. ValueError: they are not `count` whole numbers up to 255."""
+        """Return its numbers, flattened. ValueError: they are not `count` whole numbers up to 255."""
         numbers = bytearray()
         for piece in self._pieces():
             if _UINT8S.fullmatch(piece) is None:
@@ -76,7 +75,7 @@ class LargeNumbers:
         return numbers
 
     def _pieces(self) -> Iterator[Encoded]:
-        """Cut it at commas. ValueError: there are none where numbers have them."""
+        """Cut the array at commas. ValueError: commas are missing where numbers have them."""
         start = 0
         while start < len(self.encoded):
             last = len(self.encoded) - start <= NUMBERS_BYTES
@@ -88,7 +87,7 @@ class LargeNumbers:
 
 
 def parse_json(body: Encoded) -> Any:
-    """Parse as json.loads does, but strings of more than 4 KiB are a LargeString each, and arrays a LargeNumbers.
+    """Parse as json.loads does, but turn strings of more than 4 KiB into LargeString and arrays into LargeNumbers.
 
     UTF-8, UTF-16 or UTF-32, with or without a byte order mark. ValueError: it is not JSON, or has more than 64 KiB
     besides these or more than 1,000 strings. RecursionError: it is nested too deeply.
@@ -135,7 +134,7 @@ def _as_utf8(body: Encoded, encoding: str) -> bytes:
 
 
 def _quotes(body: Encoded) -> Iterator[int]:
-    """The places of the quotes at which strings begin and end. ValueError: there are too many."""
+    """Find the positions of the quotes at which strings begin and end. ValueError: there are too many."""
     position = -1
     for _ in range(MAX_QUOTES):
         position = body.find(b'"', position + 1)

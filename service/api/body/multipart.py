@@ -1,25 +1,25 @@
-"""multipart/form-data as it arrives: RFC 7578 over RFC 2046, with preamble, padded boundaries and folded headers.
+"""A streaming parser of multipart/form-data: RFC 7578 over RFC 2046, with preamble, padded boundaries, folded headers.
 
-`feed` takes the next bytes, in pieces of any size, and yields each part's headers and then its data, in pieces. What is
-kept meanwhile is less than MAX_HEADER_BYTES.
+`feed` takes the next bytes, in pieces of any size. It yields each part's headers and then its data, in pieces. The
+parser keeps less than MAX_HEADER_BYTES between calls.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 
 MAX_BOUNDARY_BYTES = 256
-"""RFC 2046 allows 70."""
+"""Longest boundary; RFC 2046 allows 70 bytes."""
 MAX_PADDING_BYTES = 256
 MAX_HEADER_BYTES = 16 * 1024
-"""Bytes of all headers of one part."""
+"""Most bytes of all headers of one part."""
 _FOLD = re.compile(rb"\r\n[ \t]+")
 
 Headers = Mapping[bytes, bytes]
-"""By name in lower case."""
+"""Header values by their names in lower case."""
 
 
 class MultipartParser:
-    """ValueError from `feed` or the constructor: the body or the boundary is malformed."""
+    """Parser of one body. ValueError from `feed` or the constructor: the body or the boundary is malformed."""
 
     def __init__(self, boundary: bytes) -> None:
         if not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
@@ -27,7 +27,7 @@ class MultipartParser:
         line = b"\r\n--" + re.escape(boundary)
         self._delimiter = re.compile(line + rb"(--|[ \t]{0,%d}\r\n)" % MAX_PADDING_BYTES)
         self._undecided_bytes = 4 + len(boundary) + MAX_PADDING_BYTES + 2
-        """At the end of what has come there may be the beginning of a delimiter that is this long."""
+        """Bytes at the end of the received data that may begin a delimiter."""
         self._buffer = bytearray(b"\r\n")  # the first boundary may stand at the very beginning
         self._in_part = self._in_headers = False
         self.ended = False
@@ -53,7 +53,7 @@ class MultipartParser:
         self._buffer.clear()  # the epilogue
 
     def _take_headers(self) -> Headers | None:
-        """None: they have not come yet."""
+        """Take the next part's headers; None: they have not come yet."""
         end = 0 if self._buffer.startswith(b"\r\n") else self._buffer.find(b"\r\n\r\n")
         if end > MAX_HEADER_BYTES or (end < 0 and len(self._buffer) > MAX_HEADER_BYTES):
             raise ValueError(f"a part's headers have more than {MAX_HEADER_BYTES} bytes")

@@ -1,8 +1,8 @@
 """The pictures of an inference request: files (BYTES) or frames of RGB (UINT8), in JSON or binary.
 
-BYTES [n] or [n, 1]: in JSON each element is base64; binary, each stands behind its length, 4 bytes little-endian.
-UINT8 [height, width, 3] or [n, height, width, 3]. A frame becomes an uncompressed TIFF, so that all that bounds files
-bounds it too.
+BYTES [n] or [n, 1]: in JSON each element is base64; in binary data each element follows its length, 4 bytes
+little-endian. UINT8 [height, width, 3] or [n, height, width, 3]: a frame becomes an uncompressed TIFF, so that the
+bounds of files apply to it too.
 """
 
 import math
@@ -24,7 +24,7 @@ LENGTH_BYTES = 4
 """Bytes before each element of a binary BYTES tensor."""
 MAX_DIMENSIONS = 4
 TIFF_HEAD_BYTES = 8 + 2 + 12 * 9 + 4 + 6
-"""Bytes of a TIFF before its pixels: header, nine tags and what they point at."""
+"""Bytes of a TIFF before its pixels: header, nine tags and the values to which they point."""
 SHORT, LONG = 3, 4
 """Types of a TIFF's tags."""
 
@@ -40,14 +40,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class PictureTensor:
-    """The input of a request, checked in all but its data."""
+    """The input of a request, with everything checked but its data."""
 
     datatype: str
     shape: list[int]
     limits: Limits
     data: Any
     binary_bytes: int | None
-    """Bytes of its data behind the JSON; None: `data` is given."""
+    """Bytes of its data after the JSON; None: `data` has them."""
 
     @classmethod
     def read(cls, given: Mapping[str, Any], binary_bytes: Any, limits: Limits) -> Self:
@@ -116,7 +116,7 @@ class BinaryPictures:
         self._pictures: list[bytearray] = []
         self._picture_bytes_left = 0
         self._length = bytearray()
-        """The next element's, as far as it has come."""
+        """Received bytes of the next element's length."""
 
     def feed(self, data: bytes) -> None:
         self._bytes_left -= len(data)
@@ -139,7 +139,7 @@ class BinaryPictures:
         return self._pictures
 
     def _begin(self, data: bytes) -> int:
-        """Begin a picture, if all of its length has come; how many bytes of the data that took."""
+        """Begin a picture if all of its length has come; return how many bytes of the data it took."""
         taken = 0
         if self._tensor.datatype == UINT8:
             self._picture_bytes_left = self._tensor.frame_bytes
@@ -159,7 +159,7 @@ class BinaryPictures:
 
 
 def pictures_in_json(tensor: PictureTensor) -> list[bytearray]:
-    """Decode `data`. Takes up to a second of a large frame: not for the event loop."""
+    """Decode `data`. A large frame takes up to a second: not for the event loop."""
     if tensor.datatype == UINT8:
         frames, size = _numbers(tensor), tensor.frame_bytes
         head = tiff_head(*tensor.frame_size)
@@ -202,7 +202,7 @@ def _is_size(value: Any) -> bool:
 
 
 def tiff_head(height: int, width: int) -> bytearray:
-    """Write all of a TIFF but its pixels, RGB of 8 bits without compression, which follow."""
+    """Write a TIFF up to its pixels, which follow: RGB of 8 bits without compression."""
     tags = [
         (256, LONG, 1, width),
         (257, LONG, 1, height),

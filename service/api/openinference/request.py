@@ -3,9 +3,9 @@
     {"id": "a", "inputs": [{"name": "image", "datatype": "BYTES", "shape": [2], "data": ["<base64>", "<base64>"]}],
      "outputs": [{"name": "boxes", "parameters": {"binary_data": true}}], "parameters": {"score_threshold": 0.5}}
 
-With binary data the input has the parameter binary_data_size in the place of `data`, and the header
-Inference-Header-Content-Length says where the JSON ends. All sizes are checked before the data that they speak of has
-come. Options beside the pictures: see `Wanted`.
+With binary data the input has the parameter binary_data_size instead of `data`, and the header
+Inference-Header-Content-Length says where the JSON ends. All sizes are checked before the data that they describe has
+come. `Wanted` holds the options.
 """
 
 import math
@@ -21,7 +21,7 @@ from service.api.openinference.tensors import OUTPUTS
 from service.api.uploads import MalformedRequest
 
 FOREIGN = frozenset({"priority", "sequence_id", "sequence_start", "sequence_end"})
-"""Parameters that clients send unasked, and that mean nothing here."""
+"""Parameters that clients send by themselves, and that have no effect here."""
 NOT_OFFERED = ("shared_memory_region", "classification")
 MICROSECONDS = 1e6
 _DECIMAL = re.compile(r"[0-9]{1,18}")
@@ -29,19 +29,19 @@ _DECIMAL = re.compile(r"[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Wishes of a request besides its pictures."""
+    """Options of a request."""
 
     outputs: Mapping[str, bool]
-    """Names of those wanted, in order, and whether each is to be binary."""
+    """Names of the wanted outputs, in order, and whether each is to be binary."""
     parameters: Mapping[str, Any]
     """Detection options by the names of /detect's query."""
     timeout_seconds: float
-    """inf: none is given."""
+    """The client's own timeout; inf: none is given."""
     id: str | None
 
 
 InferRequest = tuple[Wanted, list[bytearray]]
-"""With the encoded pictures, at least one."""
+"""A request's options and its encoded pictures, at least one."""
 
 
 class InferBody:
@@ -51,7 +51,7 @@ class InferBody:
     """
 
     def __init__(self, json_bytes: int | None, limits: Limits) -> None:
-        """`json_bytes`: what Inference-Header-Content-Length says. None: there is no binary data."""
+        """Begin a body. `json_bytes` is the Inference-Header-Content-Length; None: there is no binary data."""
         self._json_bytes = json_bytes
         self._limits = limits
         self._json = bytearray()
@@ -89,7 +89,7 @@ class InferBody:
 
 
 def json_bytes_of(header: str | None) -> int | None:
-    """Read Inference-Header-Content-Length. MalformedRequest: it is no number."""
+    """Read Inference-Header-Content-Length. MalformedRequest: it is not a number."""
     if header is None:
         return None
     if _DECIMAL.fullmatch(header) is None:
@@ -98,7 +98,7 @@ def json_bytes_of(header: str | None) -> int | None:
 
 
 def head_of(json: bytearray, limits: Limits) -> tuple[Wanted, PictureTensor]:
-    """Read the JSON: all but the data of its tensor, which is within the limits."""
+    """Read the JSON, without its tensor's data, and check it against the limits."""
     try:
         document = parse_json(json)
     except (ValueError, RecursionError) as error:
@@ -125,7 +125,7 @@ def _wanted(document: dict[str, Any]) -> Wanted:
 
 
 def _outputs(given: Any, binary: bool) -> Mapping[str, bool]:
-    """Name the outputs wanted; all where none is named."""
+    """Name the wanted outputs; all if the request names none."""
     if not given:
         return dict.fromkeys(OUTPUTS, binary)
     if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
@@ -143,7 +143,7 @@ def _outputs(given: Any, binary: bool) -> Mapping[str, bool]:
 
 
 def _option(name: str, value: Any) -> Any:
-    """Take a parameter as a query would have it, in which labels are a list."""
+    """Convert a parameter to a query's form, in which labels are a list."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InvalidParameter(f"{name}: a parameter is a number or a string, not {value!r:.100}")
     return [each.strip() for each in value.split(",")] if name == "label" and isinstance(value, str) else value
@@ -165,7 +165,7 @@ def _flag(options: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def member(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object's member that is an object too; empty where it is null or missing."""
+    """Return a member that is an object; empty if it is null or missing."""
     value = given.get(name)
     if not isinstance(value, dict | None):
         raise MalformedRequest(f"{name} is not an object")

@@ -1,6 +1,6 @@
-"""The routes below /v2: health, metadata, and inference by the way of `/detect`.
+"""The routes below /v2: health, metadata, and inference, which uses the code of `/detect`.
 
-One model, of one version. Errors have `error` beside the members of a problem, see `middleware.response_of`.
+There is one model, of one version. Errors have a problem's members and `error`, see `middleware.response_of`.
 https://github.com/kserve/open-inference-protocol
 """
 
@@ -33,7 +33,7 @@ from service.metrics import program_version
 
 THE_VERSION = "1"
 PLATFORM = "onnxruntime_onnx"
-"""Triton's name for it."""
+"""Triton's name for ONNX models."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -71,7 +71,7 @@ class OpenInference:
         return _status(self._service.why_not_alive(), live=True)
 
     async def ready(self, request: Request) -> Response:
-        """Answer in the word that the clients read, and in the one that the protocol's schema has."""
+        """Answer with the member that the clients read, and with the one in the protocol's schema."""
         return _status(self._service.why_not_ready(), ready=True, live=True)
 
     async def model(self, request: Request) -> Response:
@@ -86,7 +86,7 @@ class OpenInference:
         return _status(self._service.why_not_ready(), name=self._asked_for(request).name, ready=True)
 
     async def infer(self, request: Request) -> Response:
-        """Answer all the pictures, or with the error of the first that has one: the protocol has no partial answers."""
+        """Answer all pictures, or with the first picture's error: the protocol has no partial answers."""
         service, model = self._service, self._asked_for(request)
         query = read_query(request.query_params)
         body = InferBody(json_bytes_of(request.headers.get(HEADER_LENGTH)), self._limits)
@@ -103,7 +103,7 @@ class OpenInference:
         return _infer_response(replies, wanted, model)
 
     def _asked_for(self, request: Request) -> LoadedModel:
-        """The model that serves. NotReady: there is none. UnknownModel: the path names another, or another version."""
+        """Return the serving model. NotReady: there is none. UnknownModel: the path names another model or version."""
         model = self._service.store.serving()
         name, version = request.path_params["name"], request.path_params.get("version", THE_VERSION)
         if name != model.name:

@@ -1,7 +1,7 @@
-"""The tensors of the protocol: which there are, and detections as them.
+"""The protocol's tensors, and their values for detections.
 
-Of n pictures, of which none has more than m detections, the shapes are [n] and [n, m], boxes [n, m, 4]; what a picture
-has fewer is padded. Values are those of `/detect`: boxes xyxy in pixels of the upright picture, best score first.
+For n pictures with at most m detections each, the shapes are [n] and [n, m], for boxes [n, m, 4]; pictures with fewer
+detections are padded. Values are those of `/detect`: boxes xyxy in pixels of the upright picture, best score first.
 """
 
 import struct
@@ -16,7 +16,7 @@ from service.api.schemas import detection_list, timing_ms
 from service.core.job import Detected, Job
 
 INPUT: dict[str, Any] = {"name": "image", "datatype": "BYTES", "shape": [-1]}
-"""UINT8 [height, width, 3] is read as well; the protocol's metadata has room for one type."""
+"""The input. UINT8 [height, width, 3] is read as well, but the protocol's metadata holds one type."""
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -24,9 +24,9 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 class Output:
     datatype: str
     inner_shape: list[int]
-    """Shape for each picture; -1: its detections."""
+    """Shape for each picture; -1 is the number of its detections."""
     padding: list[Any]
-    """Values of a detection that is not there."""
+    """Padding value for each detection that a picture has fewer."""
 
 
 OUTPUTS: Mapping[str, Output] = {
@@ -47,11 +47,11 @@ class TensorReply:
     timing: dict[str, float]
     """Milliseconds by stage, and their total."""
     data: Mapping[str, bytes]
-    """Values of each output wanted, binary or JSON without brackets; not padded."""
+    """Values of each wanted output, binary or JSON without brackets; not padded."""
 
 
 def as_tensors(detected: Detected, job: Job, *, outputs: Mapping[str, bool]) -> TensorReply:
-    """`outputs`: the names of those wanted, and whether each is to be binary."""
+    """Make the values of the wanted outputs. `outputs`: their names, and whether each is to be binary."""
     found = detection_list(detected)
     values: Mapping[str, list[Any]] = {
         "num_detections": [len(found)],
@@ -67,7 +67,7 @@ def as_tensors(detected: Detected, job: Job, *, outputs: Mapping[str, bool]) -> 
 def answer_of(
     replies: Sequence[TensorReply], outputs: Mapping[str, bool], members: Mapping[str, Any]
 ) -> tuple[bytes, int | None]:
-    """Make the body of an answer, and the length of its JSON; None: that is all of it. `members`: its other ones."""
+    """Make the body of an answer, and the length of its JSON; None: it is JSON alone. `members`: other members."""
     num_detections = max(len(reply.detected.detections) for reply in replies)
     tensors, behind = [], []
     for name, binary in outputs.items():
@@ -84,7 +84,7 @@ def answer_of(
 
 
 def _padded(replies: Sequence[TensorReply], name: str, num_detections: int, binary: bool) -> bytes:
-    """Put together the values of all pictures."""
+    """Join the values of all pictures, padded."""
     output = OUTPUTS[name]
     padding = _encoded(output.padding, output.datatype, binary) if output.padding else b""
     parts: list[bytes] = []

@@ -1,6 +1,6 @@
 """The playground: `GET /` as a page to try the detector by hand, with its few files; or as JSON, for programs.
 
-The files are the page whole: no build step, no other host. The page asks `/model` and `/detect` as any client does.
+The page needs no build step and no other host. It asks `/model` and `/detect` as any client does.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ LINKS = {
     "readyz": "readyz",
     "metrics": "metrics",
 }
-"""Relative to `/`, as in the page: so they hold below a proxy's path prefix too."""
+"""Links relative to `/`, which work below a proxy's path prefix too."""
 DOCS_LINKS = {"docs": "docs", "openapi": "openapi.json"}
 FOLDER = Path(__file__).parent
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
@@ -38,12 +38,12 @@ PAGE_HEADERS = HEADERS | {
 
 
 def is_playground(method: str, path: str) -> bool:
-    """Tell whether the request is for the page or one of its files, which need no key."""
+    """Tell whether the request asks for the page or one of its files, which need no key."""
     return method in ("GET", "HEAD") and (path == INDEX or path.startswith(f"{FILES}/"))
 
 
 def routes(*, with_page: bool) -> list[BaseRoute]:
-    """`GET /` and the page's files; without the page, `GET /` is the JSON for everyone."""
+    """Make the routes of `GET /` and the page's files; without the page, `GET /` is JSON for all clients."""
     index = Route(INDEX, partial(_index, page=(FOLDER / "index.html").read_bytes() if with_page else None))
     if not with_page:
         return [index]
