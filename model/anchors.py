@@ -1,9 +1,8 @@
-"""Anchors: the reference boxes that every cell of every pyramid level offers, and the coding of boxes relative to them.
+"""Anchors: the reference boxes of every cell of every pyramid level, and the coding of boxes relative to them.
 
-Frame: xyxy float32 in canvas pixels, cell centres at multiples of the stride (offset 0), as torchvision's
-AnchorGenerator has it.
-Order: level, then row, then column, then the cell's anchors by aspect ratio and within it by scale. The heads'
-channels follow it.
+Frame: xyxy float32 in canvas pixels, cell centres at multiples of the stride (offset 0), as in torchvision's
+AnchorGenerator.
+Order: level, row, column, then the cell's anchors by aspect ratio and, within it, by scale, as in the heads' channels.
 
 Sources: Lin et al. 2017 (Focal Loss) §4 "Anchors"; Girshick 2015 (Fast R-CNN) eq. 1-4 for the coding.
 """
@@ -23,7 +22,8 @@ MAX_LOG_RATIO = math.log(1000 / 16)
 
 
 def cell_anchors(base_size: float, scales: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """The anchors of one cell, centred on the origin: [ratios * scales, 4], whole pixels as torchvision rounds them."""
+    """Make the anchors of one cell, centred on the origin: [ratios * scales, 4], whole pixels rounded as in
+    torchvision."""
     sizes = torch.tensor([int(base_size * scale) for scale in scales], dtype=torch.float32)
     height_factors = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
     widths = (1 / height_factors[:, None] * sizes).flatten()
@@ -51,7 +51,8 @@ class Anchors(torch.nn.Module):
         self.register_buffer("cells", torch.stack(cells), persistent=False)
 
     def forward(self, canvas: tuple[int, int], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """[cells * A, 4] for each level, given the canvas (height, width) and each level's grid (rows, columns)."""
+        """Make the anchors [cells * A, 4] of each level, from the canvas (height, width) and the grids (rows,
+        columns)."""
         return [
             grid_anchors(cell, grid, self._stride(level, canvas, grid))
             for cell, level, grid in zip(self.cells, self.config.levels, grids, strict=True)
@@ -64,7 +65,7 @@ class Anchors(torch.nn.Module):
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """The regression deltas that turn anchors into boxes; the inverse of `decode_boxes`.
+    """Compute the regression deltas that turn anchors into boxes; the inverse of `decode_boxes`.
 
     boxes    [..., 4]  xyxy, canvas pixels, width and height above 0
     anchors  [..., 4]  xyxy, canvas pixels

@@ -1,8 +1,8 @@
 """Backbones: torchvision's ResNets, ResNeXts and MobileNetV3s, cut after the last classification-free stage.
 
-A backbone maps normalised images [N, 3, H, W] to C3, C4 and C5 (strides 8, 16, 32), or to those of C2 to C5 from a
-lowest one on; its parameters keep torchvision's names. Norm layers are trained (`batch`) or fixed affine maps
-(`frozen`, for fine-tuning with few images per step), which their convolutions compute.
+A backbone maps normalised images [N, 3, H, W] to C3, C4 and C5 (strides 8, 16, 32), or from another lowest level up to
+C5. Its parameters keep torchvision's names. Norm layers are trained (`batch`), or are fixed affine maps (`frozen`, for
+fine-tuning with few images per step), which the convolutions before them compute.
 """
 
 from collections import OrderedDict
@@ -37,7 +37,7 @@ MOBILENETS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v3_large": models.mobilenet_v3_large,
 }
 NARROW_RESNETS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
-"""ResNets of basic blocks, which can be narrowed: blocks in each stage."""
+"""Blocks in each stage of the ResNets of basic blocks, which can be narrowed."""
 BACKBONES = (*RESNETS, *MOBILENETS)
 STAGE_LEVELS = range(2, 6)
 """C2 to C5: the map of level n has cells 2**n pixels apart."""
@@ -46,7 +46,7 @@ STAGE_LEVELS = range(2, 6)
 @dataclass(frozen=True)
 class Backbone:
     body: nn.Module
-    """Images -> {"0": C3, "1": C4, "2": C5}, or from another lowest level on."""
+    """Module from images to {"0": C3, "1": C4, "2": C5}, or from another lowest level."""
     channels: tuple[int, ...]
 
 
@@ -63,7 +63,7 @@ def build_backbone(
 
     width       factor on every stage's channels; other than 1 only for resnet18, resnet34 and MobileNetV3
     pretrained  start from torchvision's ImageNet weights, which are downloaded; only at width 1
-    lowest_level  2 to 5: the first stage whose map is wanted, C2 to C5
+    lowest_level  the first level wanted, 2 to 5 (C2 to C5)
     ValueError: an unknown name, or a width or level that the architecture cannot take.
     """
     if lowest_level not in STAGE_LEVELS:
@@ -93,10 +93,10 @@ def _norm_layer(norm: NormKind, epsilon: float) -> NormLayer:
 
 
 class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """Holds a fixed affine map of the channels, which the NormedConv2d before it computes."""
+    """A fixed affine map of the channels, which the NormedConv2d before it computes."""
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """scale and shift, [channels] each."""
+        """Return scale and shift, [channels] each."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
@@ -105,8 +105,8 @@ class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
 
 
 class NormedConv2d(nn.Conv2d):
-    """A convolution and the frozen norm behind it: to scale the weights is far less work than to scale the maps, in
-    training as in inference."""
+    """A convolution that also computes the frozen norm after it: scaling the weights is far less work than scaling the
+    maps, in training and in inference."""
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenNorm) -> None:
         """Takes over the weights of `conv`."""
@@ -122,7 +122,7 @@ class NormedConv2d(nn.Conv2d):
         return normed
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Return those of the plain convolution that does the same."""
+        """Return the weight and bias of the equal plain convolution."""
         scale, shift = self._norm[0].affine()
         weight: Tensor = self.weight * scale.view(-1, 1, 1, 1)
         return weight, shift
@@ -152,7 +152,7 @@ def _last_convolution(module: nn.Module) -> nn.Conv2d:
 
 
 def _mobilenet(network: nn.Module, lowest_level: int) -> Backbone:
-    """A stage ends before the next block that halves the resolution."""
+    """Build a MobileNetV3, whose stages end before each block that halves the resolution."""
     features = list(network.get_submodule("features").children())
     halving = [index for index, block in enumerate(features) if isinstance(block, InvertedResidual) and block._is_cn]
     ends = [*(block - 1 for block in halving[-3:]), len(features) - 1][lowest_level - STAGE_LEVELS[0] :]
@@ -166,7 +166,8 @@ def _numbered(stages: Sequence[str]) -> dict[str, str]:
 
 
 def _narrow_resnet(blocks: Sequence[int], channels: Sequence[int], norm: NormLayer) -> nn.Module:
-    """A ResNet of basic blocks with free stage widths, on torchvision's names and initialisation (He et al. 2015)."""
+    """Build a ResNet of basic blocks with free stage widths, torchvision's names and its initialisation (He et al.
+    2015)."""
     stages = OrderedDict(
         conv1=nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False),
         bn1=norm(channels[0]),

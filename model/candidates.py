@@ -1,8 +1,8 @@
 """From canvases to candidates: normalise, run the network, select the best pairs of each level, decode their boxes.
 
-This one torch module is what evaluation runs and what the export traces, so a checkpoint and its ONNX file cannot
-drift apart. Every output has a fixed size, whatever the input: 1,000 (anchor, class) pairs for each pyramid level,
-absent ones scored -1. The score threshold and NMS come after it (`model.suppress`).
+Evaluation runs this torch module and the export traces it, so a checkpoint and its ONNX file cannot differ. Its outputs
+have a fixed size for any input: 1,000 (anchor, class) pairs for each pyramid level, absent ones scored -1. The score
+threshold and NMS come after it (`model.suppress`).
 
 Source: Lin et al. 2017 §4.1 "Inference"; the order (top-k, decode, clip) is torchvision's.
 """
@@ -17,14 +17,14 @@ from model.metadata import Label
 from model.retinanet import LevelOutputs, RetinaNet
 
 PRE_NMS_TOP_K = 1000
-"""(anchor, class) pairs kept on each level."""
+"""Number of (anchor, class) pairs kept on each level."""
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-"""ImageNet's RGB statistics on the scale 0 to 1, those of torchvision's backbones."""
+"""ImageNet's RGB statistics for values from 0 to 1, as torchvision's backbones use them."""
 
 
 class Normalise(nn.Module):
-    """uint8 canvases [N, H, W, 3] -> float [N, 3, H, W], zero in the padding beyond `sizes` [N, 2] (height, width)."""
+    """Module from uint8 canvases [N, H, W, 3] to float [N, 3, H, W], zero beyond `sizes` [N, 2] (height, width)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Normalise(nn.Module):
 
 
 class CandidateDetector(nn.Module):
-    """A RetinaNet from canvases to candidates."""
+    """A RetinaNet with all steps from canvases to candidates."""
 
     def __init__(self, network: RetinaNet, labels: Sequence[Label]) -> None:
         super().__init__()
@@ -56,7 +56,8 @@ class CandidateDetector(nn.Module):
         self.register_buffer("class_ids", torch.tensor([label.class_id for label in labels]), persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images uint8 [N, H, W, 3] RGB, sizes int64 [N, 2] valid (height, width) -> boxes, scores, labels."""
+        """Turn images uint8 [N, H, W, 3] RGB and sizes int64 [N, 2] (valid height, width) into boxes, scores,
+        labels."""
         return self.select(self.outputs(images, sizes), sizes, canvas=(images.shape[1], images.shape[2]))
 
     def outputs(self, images: Tensor, sizes: Tensor) -> LevelOutputs:
@@ -86,10 +87,10 @@ class CandidateDetector(nn.Module):
 def _select_level(
     cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The top 1,000 (anchor, class) pairs of one level: boxes [N, 1000, 4], logits [N, 1000], columns [N, 1000].
+    """Select the top 1,000 (anchor, class) pairs of one level: boxes [N, 1000, 4], logits [N, 1000], columns [N, 1000].
 
-    In two steps, which is exact (those pairs lie on the 1,000 anchors of the best maxima) and sorts K times less: first
-    the anchors by their best class, then the pairs on them. -inf fills up a level that has fewer.
+    First the 1,000 anchors with the best maxima over classes are selected, then the best pairs on them. The result is
+    exact, because those anchors hold the top pairs, and K times fewer values are sorted. -inf fills a level with fewer.
     """
     batch, _, rows, columns = cls_logits.shape
     cells = rows * columns

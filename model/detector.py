@@ -2,8 +2,8 @@
 
 CanvasImage, one or a batch of one canvas size --Detector.run--> Candidates, one for each, in canvas pixels
 
-The file is read once: what `sha256` names is what runs. `model.runtime` decides what computes, and never leaves CUDA
-silently: not when the model is opened (see `fell_back`), and not when a run fails.
+The file is read once, so the bytes that `sha256` names are those that run. `model.runtime` chooses the device. It never
+leaves CUDA silently: neither when the model is opened (see `fell_back`) nor when a run fails.
 """
 
 import re
@@ -37,16 +37,16 @@ CONTRACT = (
 
 
 class InferenceFailed(RuntimeError):
-    """A run raised, or answered with numbers that are not finite."""
+    """A run raised, or its outputs are not finite."""
 
     kind: FailureKind = "other"
-    """oom: the device's memory did not suffice. cuda: the device or its libraries failed."""
+    """Kind of failure. oom: the device's memory did not suffice. cuda: the device or its libraries failed."""
     fatal: bool = False
-    """The device's context is lost: no later run of this process can succeed."""
+    """True: the device's context is lost, and no later run of this process can succeed."""
 
     @classmethod
     def because(cls, error: Exception) -> Self:
-        """Read off ONNX Runtime's message: its exceptions carry nothing else."""
+        """Make the error of an ONNX Runtime exception, from its message, the only information in it."""
         failure = cls(f"inference failed: {one_line(error)}")
         failure.kind = _kind(error)
         code = re.search(r"CUDA failure (\d+)", str(error))
@@ -71,15 +71,15 @@ class Detector:
     """Hex digest of the bytes that were loaded."""
     device_requested: Device
     provider: str
-    """ONNX Runtime's name of what computes: "CPUExecutionProvider", "CUDAExecutionProvider"."""
+    """ONNX Runtime's execution provider: "CPUExecutionProvider", "CUDAExecutionProvider"."""
     fell_back: bool
-    """`auto` found a GPU build of ONNX Runtime but could not use CUDA, and the CPU computes."""
+    """True: `auto` found a GPU build of ONNX Runtime but could not use CUDA, so the CPU computes."""
     tf32: bool
-    """The file is fp32, and CUDA computes its convolutions with 10 bits of mantissa."""
+    """True: the file is fp32, and CUDA computes its convolutions with 10 bits of mantissa."""
     lanes: int
     """Batches that may be on the device at once."""
     batch_size: int
-    """Images of a batch from which on more bring the device nothing."""
+    """Images of a batch beyond which the device gains nothing."""
 
     def __init__(
         self,
@@ -91,10 +91,13 @@ class Detector:
         runs_at_once: int | None = 1,
         sha256: str | None = None,
     ) -> None:
-        """`threads` for one inference on the CPU [the cores available]; `gpu_memory_limit_bytes` for all models of the
-        process [0.8 of what is free at the first]; `runs_at_once`: the lanes [None: 2, but on a CPU 1 for a file over
-        64 MiB: a second session takes the weights' memory once more, for a gain of some percent]; `sha256` of the file
-        [any], compared before anything interprets it."""
+        """Open a file.
+
+        threads                 of one inference on the CPU [the cores available]
+        gpu_memory_limit_bytes  of all models of the process [0.8 of the free memory at the first]
+        runs_at_once            number of lanes [2; on a CPU 1 for a file over 64 MiB, because a second session holds
+                                the weights once more, for a gain of some percent]
+        sha256                  the file's hash [any], compared before anything interprets it"""
         model, self.sha256 = read_model(path, sha256)
         self.path, self.device_requested = path, device
         threads = threads or available_cores()
@@ -118,12 +121,12 @@ class Detector:
         return self._runtime.free_lane(canvas_size, count, concurrent=concurrent)
 
     def when_lane_freed(self, call: Callable[[], None]) -> None:
-        """Have `call` called, on any thread, whenever a lane became free otherwise than by the end of its own run."""
+        """Have `call` called, on any thread, whenever a lane becomes free by other means than the end of its run."""
         self._runtime.when_lane_freed(call)
 
     def run(self, canvases: Sequence[CanvasImage], lane: Lane | None = None) -> list[Candidates]:
-        """One answer per canvas, in order; all canvases have one canvas_size. Frees the lane; without one, waits for
-        one."""
+        """Return the candidates of each canvas, in order; all canvases have one canvas_size. Frees the lane, or waits
+        for one if none is given."""
         assert len({canvas.canvas_size for canvas in canvases}) == 1, "a batch holds canvases of one size"
         try:
             outputs = (self._runtime if lane is None else lane).run(canvases)
@@ -132,7 +135,7 @@ class Detector:
         return _candidates(outputs)
 
     def warm_up(self, max_batch_size: int = 1) -> None:
-        """Run blank canvases outside any lane of yours, so that the first real picture finds plans made."""
+        """Run blank canvases, so that the first picture does not wait for plans. Uses no lane of the caller's."""
         try:
             for outputs in self._runtime.warm_up(max_batch_size):
                 _candidates(outputs)
@@ -151,9 +154,9 @@ class Detector:
         label_ids: Collection[int] | None = None,
         tiling: Tiling | None = None,
     ) -> Detections:
-        """The objects of one upright RGB picture, in its pixels; None means the file's metadata decides.
+        """Detect objects in one upright RGB picture, in its pixels. For None the file's metadata has the value.
 
-        `tiling`: look at its windows, too, for objects that are small in a large picture.
+        `tiling`: detect in its windows too, for objects that are small in a large picture.
         """
         metadata = self.metadata
         score_threshold = metadata.score_threshold if score_threshold is None else score_threshold
@@ -174,7 +177,7 @@ class Detector:
 
 
 def _candidates(outputs: Sequence[NDArray[Any]]) -> list[Candidates]:
-    """A value for each row of a graph's outputs. InferenceFailed: a number is not finite."""
+    """Make candidates of each row of a graph's outputs. InferenceFailed: a number is not finite."""
     boxes, scores, labels = outputs
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
         raise InferenceFailed("the network's answer is not finite")
@@ -204,7 +207,7 @@ def _inputs_and_outputs(session: ort.InferenceSession) -> list[Any]:
 
 
 def _keeps_contract(session: ort.InferenceSession) -> bool:
-    """Names, types and ranks; the input's axes by name, since CUDA sessions fix them by name."""
+    """Check names, types and ranks; the input's axes by name, since CUDA sessions fix them by name."""
     found = {node.name: (node.type, node.shape) for node in _inputs_and_outputs(session)}
     if list(found) != ["images", "sizes", "boxes", "scores", "labels"]:
         return False

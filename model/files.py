@@ -1,5 +1,5 @@
-"""Files that appear whole or not at all, written beside their place under a temporary name, then renamed; and how one
-version of a file is told from the next."""
+"""Files that appear whole or not at all: they are written under a temporary name in the same folder, then renamed. Also
+a stamp that tells one version of a file from the next."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ Stamp = tuple[int, ...] | None
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary path in the file's folder; what is there takes the file's name when the block ends.
+    """Yield a temporary path in the file's folder, which is renamed to the file when the block ends.
 
     After an exception the temporary file is removed and `file` is as it was.
     """
@@ -30,7 +30,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def stamp_of(file: Path) -> Stamp:
-    """Tell one version of the file from the next, by its rights too; None while there is none to be seen."""
+    """Return a value that changes with the file's version or permissions; None: it is missing or cannot be read."""
     try:
         status = file.stat()
     except OSError:

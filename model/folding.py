@@ -1,6 +1,6 @@
-"""A network as plain convolutions: the norms that only scale and shift, folded into the weights before them.
+"""A network as plain convolutions: norms that only scale and shift are folded into the weights before them.
 
-CandidateDetector --fold_norms--> CandidateDetector that answers the same, what an export traces
+CandidateDetector --fold_norms--> CandidateDetector with the same answers, which the export traces
 """
 
 import copy
@@ -15,7 +15,7 @@ from model.retinanet import HeadLayer
 
 
 class LevelConvs(nn.Sequential):
-    """A HeadLayer with batch norms as a convolution for each level and a ReLU: the same answers."""
+    """A HeadLayer with batch norms, as one convolution for each level and a ReLU; its answers are the same."""
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         convs, relu = self
@@ -23,12 +23,12 @@ class LevelConvs(nn.Sequential):
 
 
 def fold_norms(detector: CandidateDetector) -> CandidateDetector:
-    """A copy whose convolutions hold the backbone's frozen norms and the head's batch norms, the head's one convolution
-    for each level, equal to float noise.
+    """Copy the detector with the backbone's frozen norms and the head's batch norms folded into convolutions, which the
+    head has for each level. The answers are equal up to float noise.
 
-    The exporter folds a norm only into a convolution that nothing else uses. Left as they are, the norms of shared
-    convolutions would be a multiplication and an addition over every map, and keep int8 from one kernel for
-    convolution and ReLU. It costs the head's weights once for each level.
+    The exporter folds a norm only into a convolution that nothing else uses. The norms of shared convolutions would
+    remain a multiplication and an addition over every map, and int8 could not use one kernel for convolution and ReLU.
+    The price is one copy of the head's weights for each level.
     """
     detector = copy.deepcopy(detector)
     for parent in list(detector.modules()):
@@ -47,7 +47,7 @@ def fold_norms(detector: CandidateDetector) -> CandidateDetector:
 
 @torch.no_grad()
 def plain_conv(conv: NormedConv2d) -> nn.Conv2d:
-    """Does the same, with weights and bias of its own."""
+    """Return the equal plain convolution, with weight and bias of its own."""
     weight, bias = conv.weight_and_bias()
     plain = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """Bytes → upright RGB pixels → canvas, and boxes from the canvas back to the picture.
 
-One definition for training's evaluation and for the service. Sizes are (height, width) except where a library wants
-(width, height). A canvas is a function of the picture's size and the policy alone, never of load or neighbours.
+Evaluation and service share this code. Sizes are (height, width), except where a library wants (width, height). A
+canvas depends on the picture's size and the policy alone, never on load or neighbours.
 
-One reader for each format (`model.formats`) checks the size that the file claims before memory is taken for it.
+Each format has a reader (`model.formats`), which checks the size that the file claims before it takes memory.
 """
 
 import logging
@@ -52,10 +52,10 @@ cv2.setNumThreads(1)
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """The picture, upright (EXIF orientation applied), writable.
+    """Decode a picture to upright (EXIF orientation applied), writable pixels.
 
-    Alpha is dropped, of 16-bit samples the high byte is kept, greys, palettes, CMYK and LAB become RGB, of an animation
-    the first frame counts, colour profiles and XMP do not. Raises InvalidImage or TooManyPixels and nothing else.
+    Alpha is dropped. 16-bit samples keep the high byte. Grey, palette, CMYK and LAB become RGB. An animation counts by
+    its first frame. Colour profiles and XMP have no effect. Raises InvalidImage or TooManyPixels and nothing else.
     """
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
@@ -68,8 +68,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
 
 
 def decode_soon(data: bytes | bytearray, *, max_pixels: int = MAX_PIXELS) -> Pixels | None:
-    """The picture as `decode_image` returns it, or its error, if the file is a JPEG whose segments show that this takes
-    about a second; else None, at once."""
+    """Do as `decode_image` does, if the file is a JPEG whose segments show that this takes about a second at most; else
+    return None at once."""
     if name_of(bytes(data[:HEAD_BYTES])) != "JPEG":
         return None
     with _damage_is_invalid("JPEG"):
@@ -79,7 +79,7 @@ def decode_soon(data: bytes | bytearray, *, max_pixels: int = MAX_PIXELS) -> Pix
 
 @contextmanager
 def _damage_is_invalid(name: str) -> Iterator[None]:
-    """A boundary: for a damaged file a reader raises nearly anything, SyntaxError included."""
+    """Turn any exception of a reader into InvalidImage: damaged files raise nearly anything, SyntaxError included."""
     try:
         yield
     except InvalidImage:
@@ -90,29 +90,30 @@ def _damage_is_invalid(name: str) -> Iterator[None]:
 
 
 def resized_size(height: int, width: int, policy: ResizePolicy) -> tuple[int, int]:
-    """The picture's size on the canvas, before padding: torchvision's GeneralizedRCNNTransform, to the pixel.
+    """Return the picture's size on the canvas, before padding, as torchvision's GeneralizedRCNNTransform computes it.
 
-    Its eager path takes floor(side × scale) of a float64 scale; float32, or rounding, differ for half of the common
-    sizes. At least 1, where torchvision would fail.
+    Its eager path computes floor(side × scale) with a float64 scale; float32 or rounding would differ for half of the
+    common sizes. A side is at least 1, where torchvision would fail.
     """
     scale = _scale(height, width, policy)
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
 def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:
-    """The canvas of a resized picture: its sides rounded up to multiples of the divisor."""
+    """Return the canvas size of a resized picture: its sides rounded up to multiples of the divisor."""
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
 def canvas_size(height: int, width: int, policy: ResizePolicy) -> tuple[int, int]:
-    """The canvas of a picture of this size."""
+    """Return the canvas size of a picture of this size."""
     return padded_size(*resized_size(height, width, policy), policy.divisor)
 
 
 def to_canvas(image: Pixels, policy: ResizePolicy) -> CanvasImage:
-    """Resize and pad with zeros at the bottom and right to multiples of `policy.divisor`.
+    """Resize, and pad with zeros at the bottom and right to multiples of `policy.divisor`.
 
-    Bilinear without antialias as torchvision evaluates; a picture that shrinks by more than 2 is area-averaged first.
+    The resize is bilinear without antialias, as in torchvision; a picture that shrinks by more than 2 is area-averaged
+    first.
     """
     original_height, original_width, _ = image.shape
     height, width = resized_size(original_height, original_width, policy)
@@ -126,7 +127,7 @@ def to_canvas(image: Pixels, policy: ResizePolicy) -> CanvasImage:
 
 
 def to_original(detections: Detections, canvas: CanvasImage) -> Detections:
-    """Boxes from canvas pixels to pixels of the upright original, clipped to it."""
+    """Convert boxes from canvas pixels to pixels of the upright original, clipped to it."""
     height, width = canvas.original_size
     corner = np.array([width, height, width, height], np.float32)
     resized_height, resized_width = canvas.size
@@ -139,11 +140,11 @@ def _scale(height: int, width: int, policy: ResizePolicy) -> float:
 
 
 def _shrink(image: Pixels, out: Pixels) -> None:
-    """Write `image` into the smaller `out`: mean of pixel pairs until at most a factor of 2 remains on each axis, then
-    bilinear. At a factor of 2 bilinear is that mean, so the rule has no step where it begins.
+    """Write `image` into the smaller `out`: means of pixel pairs until at most a factor of 2 remains on each axis, then
+    bilinear. At a factor of 2 bilinear equals that mean, so the two rules join without a step.
 
-    Pixel centres stay aligned where a side is odd and its last row or column falls out of the pairs: the last step maps
-    by the original size, which cv2.resize could not.
+    If a side is odd, its last row or column belongs to no pair. Pixel centres stay aligned then too, because the last
+    step maps by the original size, which cv2.resize could not do.
     """
     height, width, _ = out.shape
     rows, columns = _halvings(image.shape[0], height), _halvings(image.shape[1], width)

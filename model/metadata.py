@@ -1,7 +1,7 @@
-"""The metadata of an ONNX file: everything that evaluation and service must know beside the weights.
+"""The metadata of an ONNX file: everything besides the weights that evaluation and service need.
 
-`ModelMetadata` becomes the file's `metadata_props` (string to string, JSON where a value is not a plain string) and
-back. A file that lacks any of it (but LATER_FIELDS), or is of another format version, is refused with `InvalidModel`.
+`ModelMetadata` is converted to and from the file's `metadata_props` (string to string, JSON for other values). A file
+that lacks a field (except LATER_FIELDS), or has another format version, is refused with `InvalidModel`.
 """
 
 import json
@@ -17,25 +17,25 @@ from pydantic import TypeAdapter, ValidationError
 FORMAT_VERSION = "1"
 KEY_PREFIX = "retinaserve."
 TEXT_FIELDS = ("name", "architecture", "precision", "data_set", "made_for")
-"""Stored as they are; all others as JSON."""
+"""Fields that are stored as they are; all others are stored as JSON."""
 LATER_FIELDS = ("anchors", "suggested_score_threshold", "made_for")
-"""Files of this format version were written before there were any; where one is missing, the default holds."""
+"""Fields that older files of this format version lack; the default replaces a missing one."""
 Precision = Literal["fp32", "fp16", "int8"]
 MadeFor = Literal["any", "cpu"]
-"""The devices that a file's graph is the fastest form for; it answers the same on all."""
+"""Devices for which a file's graph is fastest; its answers are the same on all."""
 SCORE_THRESHOLD = 0.05
-"""A detection scores more than this. These three are what files carry and services apply, unless told otherwise."""
+"""Score that a detection must exceed. These three are the defaults of files and services."""
 NMS_THRESHOLD = 0.5
 """Largest IoU of two detections of one label."""
 MAX_DETECTIONS = 300
-"""The best so many detections of an image are kept."""
+"""Most detections of an image, the best."""
 MAX_CANVAS_PIXELS = 4096 * 4096
 MAX_LABELS = 20_000
 MAX_NAME_CHARACTERS = 200
 """Longest name of a model, and of each label."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 MAX_PROPS_CHARACTERS = 4 * 1024 * 1024
-"""All metadata together."""
+"""Most characters of all metadata together."""
 
 
 class InvalidModel(ValueError):
@@ -49,7 +49,7 @@ class Label:
 
 
 def check_labels(labels: Sequence[Label]) -> None:
-    """InvalidModel: no file may carry them, so no data set that is learned from may have them."""
+    """Raise InvalidModel for labels that no file may carry, and so no training data set either."""
     if not 1 <= len(labels) <= MAX_LABELS:
         raise InvalidModel(f"a model has {len(labels) or 'no'} labels; {MAX_LABELS} are allowed")
     for label in labels:
@@ -70,8 +70,9 @@ def _check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class ResizePolicy:
-    """The way of an image to the network's input: scaled so that its shorter side is `shorter_side`, unless that makes
-    its longer side exceed `longest_side`; then padded at the bottom and right to multiples of `divisor`. Pixels."""
+    """Rule by which an image becomes the network's input. It is scaled so that its shorter side is `shorter_side`, or
+    less if its longer side would exceed `longest_side`, then padded at the bottom and right to multiples of `divisor`.
+    All values are pixels."""
 
     shorter_side: int = 800
     longest_side: int = 1333
@@ -85,7 +86,7 @@ class ResizePolicy:
 
     @property
     def largest_canvas(self) -> tuple[int, int]:
-        """The sides of the largest canvas, the shorter first."""
+        """Sides of the largest canvas, the shorter first."""
         sides = (self.shorter_side, self.longest_side)
         shorter, longest = (-(-side // self.divisor) * self.divisor for side in sides)
         return shorter, longest
@@ -101,9 +102,10 @@ class AnchorConfig:
     aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
     """Height over width."""
     lowest_level: int = 3
-    """P3: its cells are 2**3 pixels apart."""
+    """Lowest pyramid level; the cells of P3 are 2**3 pixels apart."""
     stride: Literal["exact", "torchvision"] = "exact"
-    """exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7, as its weights need it."""
+    """Stride of a level. exact: 2**level. torchvision: canvas side // grid side, which differs on P6 and P7; its
+    weights need that."""
 
     def __post_init__(self) -> None:
         lengths = (*self.base_sizes, *self.scales, *self.aspect_ratios)
@@ -120,7 +122,7 @@ class AnchorConfig:
         return len(self.scales) * len(self.aspect_ratios)
 
     def grids(self, canvas: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of each level's cells on a canvas (height, width): each level halves, rounded up."""
+        """Return (rows, columns) of each level's cells on a canvas (height, width): each level halves, rounded up."""
         return tuple((-(-canvas[0] // 2**level), -(-canvas[1] // 2**level)) for level in self.levels)
 
 
@@ -129,24 +131,24 @@ class ModelMetadata:
     name: str
     labels: tuple[Label, ...]
     architecture: str
-    """Backbone, pyramid and heads in words, for people: "resnet50 fpn(256, P3-P7) head(4x256)"."""
+    """Description of backbone, pyramid and heads for readers: "resnet50 fpn(256, P3-P7) head(4x256)"."""
     precision: Precision = "fp32"
     resize: ResizePolicy = field(default_factory=ResizePolicy)
     score_threshold: float = SCORE_THRESHOLD
     nms_threshold: float = NMS_THRESHOLD
     max_detections: int = MAX_DETECTIONS
     data_set: str = ""
-    """The weights' origin: "shapes (training demo --seed 0)", "COCO train2017"."""
+    """Training data of the weights: "shapes (training demo --seed 0)", "COCO train2017"."""
     ap: float | None = None
-    """COCO AP@[.50:.95] of the checkpoint on the data set's validation split, 0 to 1; None if not known."""
+    """COCO AP@[0.50:0.95] of the checkpoint on the data set's validation split, 0 to 1; None: unknown."""
     training: Mapping[str, str] = field(default_factory=dict)
-    """The making of the file, for people: command, seed, steps, seconds, commit."""
+    """Provenance of the weights, for readers: command, seed, steps, seconds, commit."""
     anchors: AnchorConfig | None = None
-    """The anchors of the boxes, for people: the graph holds its own. None: the file is older than this."""
+    """Anchors of the boxes, for readers: the graph holds its own. None: the file is older than this field."""
     made_for: MadeFor = "any"
-    """cpu: 3x3 convolutions as Winograd's, in operators that are slow on a GPU."""
+    """Devices of the file. cpu: 3x3 convolutions by Winograd's algorithm, in operators that are slow on a GPU."""
     suggested_score_threshold: float | None = None
-    """The threshold of the best F1 on the validation split; None: not known, or the file is older than this."""
+    """Score threshold of the best F1 on the validation split; None: unknown, or the file is older than this field."""
 
     def __post_init__(self) -> None:
         check_labels(self.labels)
@@ -160,7 +162,7 @@ class ModelMetadata:
             raise InvalidModel(f"the model's max_detections is {self.max_detections}, less than 1")
 
     def to_props(self) -> dict[str, str]:
-        """The file's `metadata_props`."""
+        """Convert to the file's `metadata_props`."""
         values = asdict(self) | {"format_version": FORMAT_VERSION}
         return {
             KEY_PREFIX + key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
@@ -168,7 +170,7 @@ class ModelMetadata:
 
     @staticmethod
     def from_props(props: Mapping[str, str]) -> "ModelMetadata":
-        """Read them back. InvalidModel: one is missing or malformed, or the version is not ours."""
+        """Read a file's `metadata_props`. InvalidModel: one is missing or malformed, or the version is another."""
         version = props.get(KEY_PREFIX + "format_version")
         if version is None:
             raise InvalidModel("the file carries no retinaserve metadata: export it with `python -m training export`")

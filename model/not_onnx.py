@@ -1,15 +1,16 @@
-"""Reasons why ONNX Runtime does not load a file, in words that say what to do; its own are nearly always the same."""
+"""Error messages for files that ONNX Runtime does not load, which say what to do; its own are nearly always the
+same."""
 
 import re
 
 from model.formats.signatures import name_of
 
 _PLACE = re.compile(r"/\S+\.(cc|h|cpp):\d+ [^)]*\) ")
-"""Source file, line and C++ signature, which stand before some messages."""
+"""Source file, line and C++ signature at the beginning of some messages."""
 
 
 def what_is_wrong(model: bytes, message: str) -> str:
-    """The rest of a sentence that starts with the file's name. `message` is ONNX Runtime's, on one line."""
+    """Return the rest of a sentence that begins with the file's name. `message` is ONNX Runtime's, on one line."""
     if not model:
         return "is empty"
     if name := name_of(model):

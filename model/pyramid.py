@@ -1,4 +1,4 @@
-"""A feature pyramid: levels of one width out of a backbone's maps.
+"""A feature pyramid: levels of one width, made of a backbone's maps.
 
 In:   the backbone's maps C2 or C3 to C5 [N, channels, rows, columns], lowest level first
 Out:  P2 or P3 to P5, and up to two levels above, each half as wide and high as the one before (rounded up)
@@ -17,7 +17,8 @@ from model.backbones import STAGE_LEVELS
 
 
 class FeaturePyramid(nn.Module):
-    """A level up to P5 for each of the backbone's maps, by lateral connections and a top-down path, and those above.
+    """The levels up to P5, one for each of the backbone's maps, by lateral connections and a top-down path, and those
+    above.
 
     P6 and P7 are strided convolutions (RetinaNet), or P6 is every second cell of P5 (Feature Pyramid Networks §4.1).
     """
@@ -31,7 +32,7 @@ class FeaturePyramid(nn.Module):
         extra_from: Literal["c5", "p5", "pool"],
         num_extra: int,
     ) -> None:
-        """num_extra: levels above P5. ValueError: they cannot be made from what they shall be made from."""
+        """Make a pyramid. `num_extra`: levels above P5. ValueError: `p6_from` cannot make them."""
         super().__init__()
         most = 1 if extra_from == "pool" else 2
         if not 0 <= num_extra <= most:
@@ -85,7 +86,7 @@ class P6P7(nn.Sequential):
 
 
 class EveryOtherCell(nn.Module):
-    """P6 as Feature Pyramid Networks has it: P5 with stride 2, nothing learned."""
+    """P6 as in Feature Pyramid Networks: P5 with stride 2, without weights."""
 
     def forward(self, feature: Tensor) -> list[Tensor]:
         return [F.max_pool2d(feature, kernel_size=1, stride=2)]

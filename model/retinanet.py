@@ -1,7 +1,7 @@
 """RetinaNet: a backbone, a feature pyramid, and two small convolutional heads shared by every level.
 
-The same network with other values is the region proposal network on a pyramid (one class, `head="shared"`, levels
-P2 to P6), and what the pyramid is compared with: the top level alone, or levels without a top-down path.
+With other values the network is the region proposal network on a pyramid (one class, `head="shared"`, levels P2 to P6),
+or a baseline without a pyramid: the top level alone, or levels without a top-down path.
 
 In:   normalised RGB images [N, 3, H, W]
 Out:  `LevelOutputs`, one pair of maps for each level; A anchors per cell, K classes
@@ -26,7 +26,7 @@ from model.backbones import STAGE_LEVELS, Backbone, NormKind, build_backbone
 from model.pyramid import FeaturePyramid, zero_bias
 
 GROUPS = 32
-"""Groups of GroupNorm in the heads, as torchvision's v2 has it; fewer where the head is narrower than 256."""
+"""Groups of GroupNorm in the heads, as in torchvision's v2; a head narrower than 256 has fewer."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class RetinaNetConfig:
     head_channels: int = 256
     head_convs: int = 4
     head_norm: Literal["none", "group", "batch"] = "none"
-    """batch: the convolutions are shared by all levels, but each level has batch norms of its own, because a level's
-    statistics are its own (as in EfficientDet, Tan et al. 2020)."""
+    """Norm of the heads. batch: all levels share the convolutions, but each level has batch norms of its own, because
+    levels differ in their statistics (as in EfficientDet, Tan et al. 2020)."""
     prior: float = 0.01
-    """Probability of foreground that every anchor starts with (paper §3.3)."""
+    """Initial probability of foreground of every anchor (paper §3.3)."""
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
 
     @property
     def level_anchors(self) -> AnchorConfig:
-        """The anchors of the levels that the heads look at: all sizes on the top one for `top`."""
+        """The anchors of the heads' levels; for `top`, the top level has all sizes."""
         if self.pyramid != "top":
             return self.anchors
         first, top = self.anchors.base_sizes[0], STAGE_LEVELS[-1]
@@ -83,7 +83,7 @@ class RetinaNetConfig:
 
 @dataclass(frozen=True, eq=False)
 class LevelOutputs:
-    """The heads' answer on each pyramid level, lowest first."""
+    """The heads' outputs on each pyramid level, lowest first."""
 
     cls_logits: list[Tensor]
     """[N, A * K, rows, columns] each, anchor-major."""
@@ -97,7 +97,7 @@ class LevelOutputs:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The same, flattened over levels and cells in the order of the anchors; what the losses take."""
+    """The heads' outputs, flattened over levels and cells in the order of the anchors; input of the losses."""
 
     cls_logits: Tensor
     """[N, anchors, K]"""
@@ -106,13 +106,14 @@ class Predictions:
 
 
 def flatten_maps(maps: Sequence[Tensor], per_anchor: int) -> Tensor:
-    """[N, A * per_anchor, rows, columns] of every level -> [N, anchors, per_anchor], in the order of the anchors."""
+    """Flatten each level's [N, A * per_anchor, rows, columns] to [N, anchors, per_anchor], in the order of the
+    anchors."""
     return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, per_anchor) for m in maps], dim=1)
 
 
 class RetinaNet(nn.Module):
     def __init__(self, config: RetinaNetConfig, num_classes: int, *, pretrained_backbone: bool = False) -> None:
-        """num_classes: columns of the classification layer; there is no background column."""
+        """Make a network. `num_classes`: columns of the classification layer, which has no background column."""
         super().__init__()
         if num_classes < 1:
             raise ValueError("a detector needs at least one class")
@@ -135,7 +136,7 @@ class RetinaNet(nn.Module):
         return LevelOutputs(self.head.classification_head(levels), self.head.regression_head(levels))
 
     def anchors_of(self, canvas: tuple[int, int]) -> Tensor:
-        """Every anchor [anchors, 4] of a canvas (height, width), xyxy in its pixels."""
+        """Make the anchors [anchors, 4] of a canvas (height, width), xyxy in its pixels."""
         return torch.cat(self.anchors(canvas, self.anchors.config.grids(canvas)))
 
     @property
@@ -201,15 +202,15 @@ class RegressionHead(nn.Module):
 
 
 def prior_bias(prior: float) -> float:
-    """The logit of `prior` (paper §4.1): -log((1 - prior) / prior)."""
+    """Return the logit of `prior` (paper §4.1): -log((1 - prior) / prior)."""
     return -math.log((1 - prior) / prior)
 
 
 class HeadLayer(nn.Sequential):
-    """Convolution, norm where there is one, ReLU, for the maps of every level: [N, channels, rows, columns] each."""
+    """A convolution, an optional norm and a ReLU, for the maps of every level: [N, channels, rows, columns] each."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None) -> None:
-        """norm: for all levels, or an `nn.ModuleList` with one for each."""
+        """Make a layer. `norm`: one norm for all levels, or an `nn.ModuleList` with one for each."""
         super().__init__(conv, *(() if norm is None else (norm,)), nn.ReLU(inplace=True))
         self.has_norm = norm is not None
 
@@ -240,7 +241,7 @@ def _output_layer(config: RetinaNetConfig, out_channels: int) -> nn.Conv2d:
 
 
 def _own_subnet(config: RetinaNetConfig) -> nn.Sequential:
-    """The convolutions of one head; none where both heads share theirs."""
+    """Make the convolutions of one head; none if both heads share theirs."""
     return nn.Sequential() if config.head == "shared" else _subnet(config)
 
 
@@ -258,7 +259,7 @@ def _subnet(config: RetinaNetConfig) -> nn.Sequential:
 
 
 def _head_norm(config: RetinaNetConfig) -> nn.Module | None:
-    """As torchvision's v2 has it in a `group` head; one for each level in a `batch` head."""
+    """Make the norm of a head: torchvision's v2 for `group`; one for each level for `batch`."""
     match config.head_norm:
         case "group":
             return nn.GroupNorm(min(GROUPS, config.head_channels // 8), config.head_channels)

@@ -1,8 +1,7 @@
 """Candidates → Detections: threshold, per-class non-maximum suppression, label filter, best n.
 
-ONNX Runtime's NonMaxSuppression operator does the work (0.3 ms for 5,000 candidates of which 1,700 pass), in a graph of
-that one node, always on the CPU. Classes are separate rows of scores, so nothing depends on how far apart their boxes
-are moved, as in the usual trick of one NMS over shifted boxes.
+ONNX Runtime's NonMaxSuppression operator does the work, in a graph of that one node, always on the CPU. Classes are
+separate rows of scores, so boxes need not be shifted by class, as in the usual single NMS over all classes.
 """
 
 import base64
@@ -26,7 +25,7 @@ GRAPH = base64.b64decode(
 )
 
 HEAD = 2
-"""Times max_detections candidates are looked at first."""
+"""Candidates that are tried first, in multiples of max_detections."""
 
 
 def suppress(
@@ -37,11 +36,11 @@ def suppress(
     max_detections: int,
     label_ids: Collection[int] | None = None,
 ) -> Detections:
-    """The objects, in the candidates' frame. Thread-safe.
+    """Make detections of candidates, in their frame. Thread-safe.
 
-    In this order: keep score > score_threshold; per class drop IoU > nms_threshold with a better one; keep `label_ids`
-    (None: all); keep the best max_detections. Of equal scores the earlier candidate is the better. A score of NaN
-    passes no threshold; a box with NaN overlaps nothing.
+    The order is: keep score > score_threshold; per class drop IoU > nms_threshold with a better one; keep `label_ids`
+    (None: all); keep the best max_detections. Of equal scores the earlier candidate is better. A score of NaN passes no
+    threshold; a box with NaN overlaps nothing.
     """
     passing = candidates.scores > score_threshold
     if label_ids is not None:  # classes do not see each other in NMS: dropping some before changes nothing
@@ -57,8 +56,8 @@ def suppress(
 
 
 def _per_class_nms(candidates: Candidates, indices: NDArray[np.intp], threshold: float, limit: int) -> NDArray[np.intp]:
-    """Keep those of `indices`, which come best first, that survive, in their order. `limit` caps each class: what comes
-    after in a class comes after the best `limit` of all, too."""
+    """Return those of `indices` (best first) that survive NMS, in their order. `limit` caps each class: the others of
+    the class cannot be among the best `limit` of all."""
     if not len(indices):
         return indices
     classes, row = np.unique(candidates.labels[indices], return_inverse=True)

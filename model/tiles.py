@@ -1,11 +1,11 @@
-"""A large picture as windows, and one answer out of the windows' answers. numpy alone.
+"""A large picture as windows, and the merging of the windows' detections. Needs numpy alone.
 
 picture size, Tiling --windows--> Window … --the picture's pixels--> canvas → Candidates --Found.of--> Found
       --merge--> Detections (original pixels)
 
-The whole picture is a window, too: it finds what is larger than a tile. The idea is that of sliced inference (Akyon et
-al. 2022, SAHI); what is new is that a half of an object, cut off by a window's edge, never suppresses the whole.
-Known limit: an object larger than the overlap that the whole picture misses comes out in pieces.
+The whole picture is a window too, which finds objects that are larger than a tile. This is sliced inference (Akyon et
+al. 2022, SAHI), with one difference: a part of an object, cut off by a window's edge, never suppresses the whole. Known
+limit: an object that is larger than the overlap and that the whole picture misses comes out in pieces.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,15 +23,15 @@ from model.types import Candidates, CanvasImage, Detections, Pixels
 
 MIN_TILE, MAX_TILE, MAX_OVERLAP = 64, 4096, 0.9
 OVERLAP = 0.2
-"""The overlap of a request that names a tile alone."""
+"""Overlap of a request that gives a tile alone."""
 TOUCHES_PX = 1
-"""Canvas pixels from a window's edge within which a box counts as cut by it."""
+"""Largest distance, in canvas pixels, from a window's edge at which a box counts as cut by it."""
 COVERED = 0.8
-"""The share of a cut box's area that lies in the whole object's box."""
+"""Least share of a cut box's area in another box for that box to be the whole object's."""
 MAX_MERGED = 20_000
-"""The best so many boxes of all windows are merged, which bounds the time that one picture takes."""
+"""Most boxes of all windows that are merged, the best; bounds the time of one picture."""
 MAX_PAIRS = 4_000_000
-"""Compared in one piece."""
+"""Most pairs of boxes that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Tiling:
     size: int
     """Side of a window, picture pixels; `MIN_TILE` to `MAX_TILE`."""
     overlap: float = OVERLAP
-    """The share of a window that its neighbour sees, too; 0 to `MAX_OVERLAP`."""
+    """Share of a window that its neighbour has too; 0 to `MAX_OVERLAP`."""
 
     def __post_init__(self) -> None:
-        """ValueError: there are no such tiles."""
+        """Check the values. ValueError: they are out of range."""
         if not MIN_TILE <= self.size <= MAX_TILE:
             raise ValueError(f"a tile has {MIN_TILE} to {MAX_TILE} pixels, not {self.size}")
         if not 0 <= self.overlap <= MAX_OVERLAP:
@@ -50,7 +50,7 @@ class Tiling:
 
     @classmethod
     def asked_for(cls, tile: int | None, overlap: float | None) -> Self | None:
-        """Read these two options. ValueError: an overlap without tiles, or no such tiles."""
+        """Read the two options. ValueError: an overlap without tiles, or a value out of range."""
         if tile is None:
             if overlap is not None:
                 raise ValueError("an overlap needs a tile")
@@ -72,7 +72,7 @@ class Window:
     bottom: int
 
     def cut(self, image: Pixels) -> Pixels:
-        """The window's pixels, a view."""
+        """Return the window's pixels, a view."""
         return image[self.top : self.bottom, self.left : self.right]
 
 
@@ -81,9 +81,10 @@ def whole(height: int, width: int) -> Window:
 
 
 def windows(height: int, width: int, tiling: Tiling) -> list[Window]:
-    """The windows of a picture beside the whole of it, row by row, all of one size; none where both sides fit into one.
+    """Make the windows of a picture without the whole of it, row by row, all of one size; none if it fits into one.
 
-    The last of a row or column is moved back to the picture's edge; a side shorter than a window has one of its length.
+    The last window of a row or column is moved back to the picture's edge. A side that is shorter than a window has one
+    window of its own length.
     """
     if max(height, width) <= tiling.size:
         return []
@@ -93,14 +94,14 @@ def windows(height: int, width: int, tiling: Tiling) -> list[Window]:
 
 
 def num_windows(height: int, width: int, tiling: Tiling) -> int:
-    """Count what `windows` has, without making it."""
+    """Count the windows that `windows` would make."""
     if max(height, width) <= tiling.size:
         return 0
     return _num_starts(height, tiling) * _num_starts(width, tiling)
 
 
 def smallest_tile(height: int, width: int, overlap: float, max_windows: int) -> int | None:
-    """The smallest tile that cuts the picture into at most so many windows; None: not even the largest does."""
+    """Return the smallest tile that cuts the picture into at most so many windows; None: not even the largest does."""
     low, high = MIN_TILE, MAX_TILE + 1
     while low < high:
         middle = (low + high) // 2
@@ -122,18 +123,18 @@ def _starts(side: int, tiling: Tiling) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The objects that one window shows, after threshold and NMS; boxes in pixels of the whole picture."""
+    """The detections in one window, after threshold and NMS; boxes in pixels of the whole picture."""
 
     detections: Detections
     edges: NDArray[np.float32]
-    """[detections, 4]: the window's left, top, right, bottom edge where it cuts that box; else NaN."""
+    """[detections, 4]: the window's left, top, right, bottom edge if it cuts that box; else NaN."""
 
     @classmethod
     def of(
         cls, candidates: Candidates, canvas: CanvasImage, window: Window, picture_size: tuple[int, int], *,
         score_threshold: float, nms_threshold: float,
     ) -> Self:  # fmt: skip
-        """`picture_size` is (height, width)."""
+        """Make the detections of a window's candidates. `picture_size` is (height, width)."""
         kept = suppress(
             candidates,
             score_threshold=score_threshold,
@@ -158,7 +159,7 @@ def _cutting_edges(
 
 
 def together(found: Sequence[Found]) -> Found:
-    """Join what several windows show: the best `MAX_MERGED` of it, best score first."""
+    """Join the detections of several windows: the best `MAX_MERGED`, best score first."""
     scores = np.concatenate([each.detections.scores for each in found])
     best = np.argsort(-scores, kind="stable")[:MAX_MERGED]
     boxes = np.concatenate([each.detections.boxes for each in found])[best]
@@ -170,10 +171,10 @@ def together(found: Sequence[Found]) -> Found:
 def merge(
     found: Sequence[Found], *, nms_threshold: float, max_detections: int, label_ids: Collection[int] | None = None
 ) -> Detections:
-    """One picture's detections out of its windows', best score first.
+    """Merge the detections of a picture's windows, best score first.
 
-    A box that a window's edge cuts is dropped where most of it lies in a box of its class that crosses that edge
-    uncut; what is left goes through one NMS per class.
+    A box that a window's edge cuts is dropped if most of it lies in a box of its class that crosses that edge uncut.
+    One NMS per class follows.
     """
     every = together(found)
     boxes, scores, labels = every.detections.boxes, every.detections.scores, every.detections.labels
@@ -188,7 +189,7 @@ def merge(
 
 
 def _halves(boxes: NDArray[np.float32], labels: NDArray[np.int64], edges: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """[boxes]: an edge cuts it, and its whole object is among the others."""
+    """Return [boxes]: True where an edge cuts the box and its whole object is among the others."""
     halves = np.zeros(len(boxes), np.bool_)
     for side in range(4):
         start, end = side % 2, side % 2 + 2  # the axis that this edge is a point of
@@ -202,7 +203,7 @@ def _halves(boxes: NDArray[np.float32], labels: NDArray[np.int64], edges: NDArra
 
 
 def _lie_in(parts: NDArray[np.float32], wholes: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """[parts]: most of its area lies in one of the wholes."""
+    """Return [parts]: True where most of the part's area lies in one of the wholes."""
     step = max(1, MAX_PAIRS // max(1, len(wholes)))
     return np.concatenate([_most_lies_in(parts[begin : begin + step], wholes) for begin in range(0, len(parts), step)])
 
@@ -227,7 +228,7 @@ def detect_in_tiles(
     label_ids: Collection[int] | None = None,
     batch_size: int = 1,
 ) -> Detections:
-    """The objects of one upright picture, in its pixels. `run` takes up to `batch_size` canvases of one size."""
+    """Detect in one upright picture, in its pixels. `run` takes up to `batch_size` canvases of one size."""
     height, width, _ = image.shape
     found = []
     for batch in _batches(whole(height, width), windows(height, width, tiling), batch_size):
@@ -239,7 +240,7 @@ def detect_in_tiles(
 
 
 def _batches(first: Window, others: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
-    """The whole picture alone, since its canvas may differ; then the windows, which are of one size."""
+    """Yield the whole picture alone, since its canvas may differ; then the windows, which have one size."""
     yield [first]
     for start in range(0, len(others), batch_size):
         yield others[start : start + batch_size]

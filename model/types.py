@@ -3,7 +3,7 @@
 bytes --decode_image--> RGB uint8 [H, W, 3] --to_canvas--> CanvasImage --Detector.run--> Candidates
       --suppress--> Detections (canvas pixels) --to_original--> Detections (original pixels)
 
-Boxes are xyxy float32; the frame (canvas or original pixels) is said by the function that returns them. Sizes are
+Boxes are xyxy float32. The function that returns them says whether they are in canvas or in original pixels. Sizes are
 (height, width).
 """
 
@@ -19,18 +19,18 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class CanvasImage:
-    """An image resized and laid into the top left corner of the network's input."""
+    """An image, resized and placed in the top left corner of the network's input."""
 
     pixels: Pixels
-    """[canvas height, canvas width, 3]; rows and columns beyond `size` are padding."""
+    """Pixels [canvas height, canvas width, 3]; rows and columns beyond `size` are padding."""
     size: tuple[int, int]
-    """(height, width) of the valid part."""
+    """Size (height, width) of the valid part."""
     original_size: tuple[int, int]
-    """(height, width) of the upright image before resizing."""
+    """Size (height, width) of the upright image before resizing."""
 
     @classmethod
     def uniform(cls, size: tuple[int, int], value: int = 0) -> Self:
-        """One grey all over a canvas of this (height, width), all of it valid."""
+        """Make a canvas of this (height, width) in one grey, all of it valid."""
         return cls(np.full((*size, 3), value, np.uint8), size, size)
 
     @property
@@ -41,12 +41,12 @@ class CanvasImage:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The network's answer for one image, before threshold and NMS. Canvas pixels."""
+    """The network's outputs for one image, before threshold and NMS, in canvas pixels."""
 
     boxes: NDArray[np.float32]
     """[candidates, 4] xyxy, clipped to the valid part of the canvas."""
     scores: NDArray[np.float32]
-    """[candidates], 0 to 1; below 0 where a pyramid level had fewer than 1,000 pairs to offer."""
+    """[candidates], 0 to 1; below 0 for the pairs that a pyramid level has fewer than 1,000."""
     labels: NDArray[np.int64]
     """[candidates] category ids."""
 
@@ -66,7 +66,7 @@ class Detections:
 
 
 def coco_results(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
-    """Put detections into COCO's results format: bbox is [x, y, width, height]. Nothing is rounded."""
+    """Convert detections to COCO's results format: bbox is [x, y, width, height]. Nothing is rounded."""
     boxes = detections.boxes.astype(float)
     boxes[:, 2:] -= boxes[:, :2]
     return [

@@ -1,8 +1,8 @@
-"""Checks of an .onnx file before anything interprets it: its hash, and that no node holds a graph of its own.
+"""Checks of an .onnx file before anything interprets it: its hash, and that no node holds a graph.
 
-A model is a program. Loops and branches (Loop, If, Scan, SequenceMap: nodes with a graph as an attribute) can make one
-that never ends; a detector has none, so a file that has one is refused. This reads the file's protobuf as far as that
-takes: https://protobuf.dev/programming-guides/encoding/, field numbers from onnx/onnx.proto.
+A model is a program. With loops and branches (Loop, If, Scan, SequenceMap: nodes with a graph as an attribute) it may
+never end. A detector has none, so a file with one is refused. The protobuf is read as far as these checks need:
+https://protobuf.dev/programming-guides/encoding/, field numbers from onnx/onnx.proto.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ GRAPH, FUNCTIONS = 7, 25
 GRAPH_NODE, FUNCTION_NODE = 1, 7
 NODE_OPERATOR, NODE_ATTRIBUTE = 4, 5
 ATTRIBUTE_GRAPHS = (6, 11)
-"""g and graphs."""
+"""Field numbers of AttributeProto's g and graphs."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types."""
 MAX_VARINT_BYTES = 10
 ORT_FORMAT = b"ORTM"
-"""ONNX Runtime tells by these bytes that a file is no protobuf but in its own format."""
+"""Mark of a file in ONNX Runtime's own format, which is not protobuf."""
 
 
 class _Malformed(Exception):
-    """These bytes are no protobuf."""
+    """The bytes are not protobuf."""
 
 
 def read_model(path: Path, sha256: str | None = None) -> tuple[bytes, str]:
-    """The file's bytes and their SHA-256. InvalidModel: it cannot be read, is another file, or has control flow."""
+    """Return the file's bytes and their SHA-256. InvalidModel: it cannot be read, is another file, has control flow."""
     try:
         model = path.read_bytes()
     except OSError as error:
@@ -48,7 +48,7 @@ def read_model(path: Path, sha256: str | None = None) -> tuple[bytes, str]:
 
 
 def _with_graphs(model: memoryview) -> Iterator[str]:
-    """The operators of the nodes that hold a graph."""
+    """Yield the operators of the nodes that hold a graph."""
     if model[4:8] == ORT_FORMAT:
         raise _Malformed
     for field, value in _fields(model):
@@ -71,7 +71,7 @@ def _operator(node: memoryview) -> str:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field number, value) of each field; the value of a number is empty."""
+    """Yield (field number, value) of each field; the value of a number is empty."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -92,7 +92,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
+    """Return the number that begins there, and the position of its end."""
     value = 0
     for number, byte in enumerate(message[position : position + MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * number

@@ -1,11 +1,11 @@
 """Readers of encoded pictures, one module for each format that needs more than Pillow gives.
 
-A reader takes the file's bytes and the most pixels allowed, and returns the pixels as they are stored (RGB uint8
-[H, W, 3]) with the EXIF orientation that turns them upright, None where the file has none. It checks the size before it
-takes memory, and raises InvalidImage or TooManyPixels; anything else that it raises means a damaged file.
+A reader takes the file's bytes and the most pixels allowed. It returns the pixels as they are stored (RGB uint8
+[H, W, 3]), and the EXIF orientation that turns them upright, or None. It checks the size before it takes memory, and
+raises InvalidImage or TooManyPixels; any other exception means a damaged file.
 
-One rule for all: what decides about the pixels is read and obeyed, or the file is refused with the reason; what does
-not (texts, profiles, previews, checksums of either, bytes behind the picture) never decides.
+One rule holds for all readers. Data that define the pixels are read and obeyed, or the file is refused with the reason.
+Other data (texts, profiles, previews, their checksums, bytes after the picture) have no effect.
 """
 
 

@@ -1,4 +1,4 @@
-"""BMP → RGB: every header, depth, bit mask and run-length code that Windows and OS/2 write.
+"""Reader of BMP: every header, depth, bit mask and run-length code that Windows and OS/2 write.
 
 Source: Microsoft, "Bitmap Storage" (BITMAPINFOHEADER and its V4 and V5); OS/2 2.0 headers share its start.
 """
@@ -14,7 +14,7 @@ from model.types import Pixels
 
 RGB, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS = 0, 1, 2, 3, 6
 MASKS = {16: (0x7C00, 0x3E0, 0x1F), 24: (0xFF0000, 0xFF00, 0xFF), 32: (0xFF0000, 0xFF00, 0xFF)}
-"""Bits of red, green and blue, where the file names none."""
+"""Default bit masks of red, green and blue."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _palette(data: bytes, header: Header) -> Pixels:
 
 
 def _rows(data: bytes, offset: int, header: Header) -> NDArray[np.uint8]:
-    """[height, bytes of a row]. Rows are padded to four bytes; the last one's padding may be missing."""
+    """Return the rows, [height, bytes of a row]. Rows are padded to four bytes; the last padding may be missing."""
     used = (header.width * header.bits + 7) // 8
     row = -(-used // 4) * 4
     missing = offset + row * header.height - len(data)
@@ -97,7 +97,7 @@ def _indexes(data: bytes, offset: int, header: Header) -> NDArray[np.uint8]:
 
 
 def _run_lengths(data: bytes, position: int, header: Header) -> NDArray[np.uint8]:
-    """Pixels that the code jumps over are of index 0. Code without an end mark must have filled all rows."""
+    """Decode run lengths. Skipped pixels have index 0. Code without an end mark must have filled all rows."""
     width, height, four_bits = header.width, header.height, header.compression == RLE4
     out = bytearray(width * height)
     x = y = 0
@@ -153,7 +153,7 @@ def _colours(data: bytes, offset: int, header: Header) -> Pixels:
 
 
 def _scaled(words: NDArray[np.unsignedinteger], mask: int) -> NDArray[np.uint8]:
-    """The masked bits, from 0 to 255."""
+    """Scale the masked bits to 0 to 255."""
     if not mask:
         return np.zeros(words.shape, np.uint8)
     shift = (mask & -mask).bit_length() - 1

@@ -1,7 +1,7 @@
-"""The claim of an encoded picture, read once off its beginning in a bounded walk: its size, and the cost of decoding.
+"""The claim of an encoded picture: its size and the cost of decoding, read from its beginning in a bounded walk.
 
-Only the reader knows the truth. Whoever plans by a claim gives `pixels_allowed` to the reader as the most that it may
-decode, so that the size which was planned is the size which is decoded.
+A claim may be false; only the reader finds out. A caller that plans by a claim gives `pixels_allowed` to the reader as
+the most that it may decode, so that decoding takes no more than was planned.
 """
 
 import re
@@ -16,14 +16,14 @@ from model.formats.tiff import work_of
 from model.formats.tiff_tags import HEIGHT, SUB_DIRECTORIES, WIDTH, File
 
 BYTES_PER_PIXEL = 18
-"""The most memory that a decoder takes, its resize included: of 50 million pixels 842 MiB for WebP, the dearest."""
+"""Most memory of a decoder, with its resize. The largest is WebP's: 842 MiB for 50 million pixels."""
 SEQUENTIAL_JPEG_BYTES_PER_PIXEL = 8
-"""Memory of a JPEG of grey or colour: nothing but its pixels and what they become are held."""
+"""Memory of a sequential JPEG of grey or colour, of which only the pixels and the resized picture are held."""
 MAX_STEPS = 10_000
-"""Steps of a walk over a GIF's blocks, which are of 255 bytes at most."""
+"""Most steps of a walk over a GIF's blocks, which have at most 255 bytes."""
 GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
 CMYK = 4
-"""Components."""
+"""Number of components of CMYK."""
 AVIF_HEAD_BYTES = 64 * 1024
 _ISPE = re.compile(rb"ispe\0\0\0\0(.{8})", re.DOTALL)
 
@@ -31,19 +31,19 @@ _ISPE = re.compile(rb"ispe\0\0\0\0(.{8})", re.DOTALL)
 @dataclass(frozen=True)
 class Claim:
     format: str | None
-    """One of READ; None: it is not read."""
+    """Format, one of READ; None: it is not read."""
     size: tuple[int, int] | None = None
-    """Height and width as stored; None: the beginning does not say, or says nothing that makes sense."""
+    """Height and width as stored; None: the beginning does not say, or makes no sense."""
     pixels: int | None = None
-    """The pixels that decoding works on: height × width, and for a TIFF at least what blocks take. None: not said."""
+    """Pixels to decode: height × width, and for a TIFF at least the pixels of its blocks. None: unknown."""
     bytes_per_pixel: int = BYTES_PER_PIXEL
 
     def pixels_allowed(self, max_pixels: int) -> int:
-        """The most that its reader may decode, of at most `max_pixels`."""
+        """Return the most pixels that its reader may decode, at most `max_pixels`."""
         return max_pixels if self.pixels is None else min(self.pixels, max_pixels)
 
     def decode_bytes(self, max_pixels: int) -> int:
-        """The most memory that its decoding takes."""
+        """The most memory that decoding takes, bytes."""
         return self.bytes_per_pixel * self.pixels_allowed(max_pixels)
 
 
@@ -84,7 +84,7 @@ def _png(data: bytes | bytearray) -> tuple[int, int]:
 
 
 def _gif(data: bytes | bytearray) -> tuple[int, int] | None:
-    """The screen, enlarged by the first frame where that reaches beyond it."""
+    """Read the screen's size, enlarged by a first frame that reaches beyond it."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position, inside = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0), False
     for _ in range(MAX_STEPS):
@@ -121,13 +121,13 @@ def _webp(data: bytes | bytearray) -> tuple[int, int] | None:
 
 
 def _avif(data: bytes | bytearray) -> tuple[int, int] | None:
-    """The largest of its items: a grid's is the whole."""
+    """Read the size of the largest item: a grid's item is the whole picture."""
     sizes = [struct.unpack(">II", found[1]) for found in _ISPE.finditer(data, 0, AVIF_HEAD_BYTES)]
     return max(((height, width) for width, height in sizes), key=lambda size: size[0] * size[1], default=None)
 
 
 def _tiff(data: bytes | bytearray) -> Claim:
-    """Read the size of a file with one directory; of several the reader chooses."""
+    """Read the size of a file with one directory; among several the reader chooses."""
     file = File.of(data)
     directory, following = file.directory(file.first())
     if following or SUB_DIRECTORIES in directory.tags:

@@ -1,4 +1,4 @@
-"""The one thing that EXIF says of the pixels: which way is up. As in browsers, XMP's word for it does not count."""
+"""The EXIF orientation of a picture. XMP's orientation has no effect, as in browsers."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,7 @@ from model.types import Pixels
 
 
 def orientation_in(exif: bytes | None) -> object:
-    """The Orientation tag; None where there is none, or the EXIF is damaged: the pixels are good."""
+    """Read the Orientation tag; None: it is missing, or the EXIF is damaged, which does not affect the pixels."""
     if not exif:
         return None
     tags = Image.Exif()
@@ -33,6 +33,6 @@ _TURNS: Mapping[object, Callable[[Pixels], Pixels]] = {
 
 
 def upright(pixels: Pixels, orientation: object) -> Pixels:
-    """Turn the stored pixels; any orientation but the eight counts as upright."""
+    """Turn the stored pixels upright; an undefined orientation counts as upright."""
     turn = _TURNS.get(orientation)
     return pixels if turn is None else turn(pixels)

@@ -1,8 +1,8 @@
-"""JPEG → RGB.
+"""Reader of JPEG.
 
-libjpeg-turbo decodes the file as it comes and takes every oddity for an error. Where it finds one, the file's own
-structure is copied without all that pixels do not need (stray bytes, texts, thumbnails, what follows the end) and read
-again, as strictly: an error that remains concerns the pixels, and the file is refused.
+libjpeg-turbo decodes the file, and treats every oddity as an error. If it finds one, the file is copied without the
+parts that pixels do not need (stray bytes, texts, thumbnails, bytes after the end) and decoded again, as strictly. An
+error that remains concerns the pixels, and the file is refused.
 
 Source: ITU-T T.81, annex B.
 """
@@ -22,17 +22,18 @@ from model.formats.pillow import rgb_of
 from model.types import Pixels
 
 MAX_SCANS = 200
-"""A progressive JPEG of a few megabytes can name so many scans that decoding takes hours; real ones have about ten."""
+"""Most scans. A progressive JPEG of a few megabytes can name so many that decoding takes hours; real ones have ten."""
 MAX_SEGMENTS = 5_000
-"""Real files have tens, and some hundred where a depth map is cut into pieces of 64 KiB."""
+"""Most segments. Real files have tens, and some hundred if a depth map is cut into pieces of 64 KiB."""
 MAX_HEAD_STRAY_BYTES = 1024
-"""Between two segments before the first scan: the head is read where nothing may take long."""
+"""Most stray bytes between two segments before the first scan: reading the head must not take long."""
 MAX_STRAY_BYTES = 32
-"""Behind the last scan. More of them are what is left of a scan in which the decoder lost its place, unless all are
-one value: padding, of any length."""
+"""Most stray bytes after the last scan. More are the rest of a scan in which the decoder lost its place, unless all
+have one value, which is padding."""
 
 MAX_SOON_PIXELS = 50_000_000
-"""Pixels times scans: half a second of one core for a sequential JPEG, a second for a progressive one."""
+"""Most pixels times scans of a JPEG that is read soon: half a second of one core if sequential, a second if
+progressive."""
 
 SOI, EOI, SOS, DRI = 0xD8, 0xD9, 0xDA, 0xDD
 APP0, APP1, APP14 = 0xE0, 0xE1, 0xEE
@@ -57,7 +58,7 @@ class Segment:
         return self.marker in FRAMES and len(self.payload) >= 6
 
     def without_padding(self, padding: bytes) -> "Segment":
-        """Less a run of these equal bytes at its end, but for two, which the scan may need and no decoder minds."""
+        """Return the scan without a run of these equal bytes at its end, but for two, which it may need."""
         kept = self.scan.rstrip(padding[:1])
         is_padded = len(self.scan) - len(kept) >= len(padding)
         return Segment(self.marker, self.payload, kept + padding[:2]) if is_padded else self
@@ -68,11 +69,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Structure:
-    """A JPEG's segments from the first to its own end marker; what lies between and behind them is not kept."""
+    """A JPEG's segments from the first to its own end marker, without the bytes between and after them."""
 
     segments: list[Segment]
     complete: bool
-    """It has an end marker."""
+    """True: it has an end marker."""
 
     def frame(self) -> bytes:
         for segment in self.segments:
@@ -81,7 +82,7 @@ class Structure:
         raise InvalidImage("the JPEG has no frame header: it is cut off or damaged")
 
     def takes_little(self) -> bool:
-        """Decoding takes about a second at most."""
+        """Tell whether decoding takes about a second at most."""
         height, width, components = shape(self.frame())
         scans = sum(segment.marker == SOS for segment in self.segments)
         return components < 4 and height * width * scans <= MAX_SOON_PIXELS
@@ -93,7 +94,7 @@ class Structure:
         return None
 
     def rebuilt(self, behind_scans: bytes = b"") -> bytes:
-        """The file again, with what pixels need and nothing else."""
+        """Make the file again with the parts that pixels need."""
         return b"\xff\xd8" + b"".join(bytes(each) for each in self._needed(behind_scans)) + b"\xff\xd9"
 
     def _needed(self, behind_scans: bytes) -> Iterator[Segment]:
@@ -114,9 +115,9 @@ class Structure:
                 yield segment
 
     def without_stray(self, count: int, before: int) -> "Structure | None":
-        """Less the `count` bytes behind the first scan that this marker follows; None if they may be pixels.
+        """Return it without the `count` bytes between a scan and this marker; None if they may be pixels.
 
-        Padding is taken from behind every scan at once: each try is a whole decoding.
+        Padding is removed after every scan at once, because each try is a whole decoding.
         """
         following = [*(segment.marker for segment in self.segments[1:]), EOI]
         for segment, marker in zip(self.segments, following, strict=True):
@@ -133,11 +134,11 @@ class Structure:
         return any(segment.marker in SEQUENTIAL for segment in self.segments)
 
     def _last_transform(self) -> int:
-        """Adobe's transforms: 0 none, 1 YCbCr, 2 YCCK. libjpeg takes an unknown one for the last that fits."""
+        """Return Adobe's transform: 0 none, 1 YCbCr, 2 YCCK. libjpeg treats an unknown one as the last that fits."""
         return 2 if self.frame()[5] == 4 else 1
 
     def lacks_scans(self) -> bool:
-        """Some component's coefficients do not come at full precision: the file ends between two scans."""
+        """Tell whether a component's coefficients lack precision: the file ends between two scans."""
         if not self._is_sequential() and not any(segment.marker in (0xC2, 0xCA) for segment in self.segments):
             return False
         sent = set()
@@ -152,10 +153,10 @@ class Structure:
 
 
 def walk(data: bytes | bytearray, *, head: bool = False) -> Iterator[Segment]:
-    """The segments, up to the file's own end marker, which is the last. Bytes that are none are skipped, as decoders
-    do; a segment that is cut off ends the walk, and so does, in the head, the first scan or much that is no segment.
+    """Return the segments up to the file's own end marker, the last one. Bytes outside segments are skipped, as
+    decoders do. The walk ends at a truncated segment and, in the head, at the first scan or at many stray bytes.
 
-    InvalidImage: scans or segments without end, or a second beginning.
+    InvalidImage: too many scans or segments, or a second beginning.
     """
     position, scans, markers = 2, 0, 0
     while found := _MARKER.search(data, position, position + MAX_HEAD_STRAY_BYTES if head else len(data)):
@@ -183,7 +184,7 @@ def walk(data: bytes | bytearray, *, head: bool = False) -> Iterator[Segment]:
 
 
 def frame_in(data: bytes | bytearray) -> Segment | None:
-    """The frame header, if it stands before the first scan."""
+    """Return the frame header, if it comes before the first scan."""
     return next((each for each in walk(data, head=True) if each.is_frame()), None)
 
 
@@ -194,7 +195,7 @@ def parse(data: bytes) -> Structure:
 
 
 def shape(frame: bytes) -> tuple[int, int, int]:
-    """Height, width and components of a frame header."""
+    """Return height, width and number of components of a frame header."""
     return int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
 
 
@@ -203,7 +204,7 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
 
 
 def read_soon(data: bytes, max_pixels: int) -> tuple[Pixels, object] | None:
-    """As `read`, if the segments show that reading, or refusing, takes about a second; else None."""
+    """Read as `read` does, if the segments show that reading or refusing takes about a second at most; else None."""
     structure = parse(data)
     return _read(data, structure, max_pixels) if structure.takes_little() else None
 
@@ -228,7 +229,7 @@ def _read(data: bytes, structure: Structure, max_pixels: int) -> tuple[Pixels, o
 
 
 def _decode(data: bytes, components: int, max_pixels: int) -> Pixels:
-    """Strictly: ValueError for whatever libjpeg would warn of."""
+    """Decode strictly: ValueError for anything of which libjpeg would warn."""
     # Asked again: in a file made to deceive, two parsers may find two headers.
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     check_pixels(width, height, max_pixels)
@@ -257,10 +258,10 @@ def _decode_rebuilt(structure: Structure, components: int, max_pixels: int) -> P
 
 
 def _decode_any_sampling(structure: Structure) -> Pixels:
-    """By Pillow, for samplings that TurboJPEG has no name for.
+    """Decode by Pillow, for samplings that TurboJPEG does not support.
 
-    Pillow fills with grey what is missing, and says nothing. So the file is decoded with different bytes behind each
-    scan: where the pixels depend on them, there were too few.
+    Pillow silently fills missing pixels with grey. So the file is decoded with different bytes after each scan: if the
+    pixels depend on them, the file has too few bytes.
     """
     first, second = (_decode_with_pillow(structure.rebuilt(fill * 32)) for fill in (b"\0", b"\xaa"))
     if not np.array_equal(first, second):

@@ -1,4 +1,4 @@
-"""WebP, GIF and AVIF → RGB, by Pillow alone. Of an animation the first frame counts."""
+"""Reader of WebP, GIF and AVIF, by Pillow alone. An animation counts by its first frame."""
 
 import io
 from collections.abc import Callable
@@ -15,7 +15,7 @@ BAND_PIXELS = 1 << 20
 
 
 def rgb_of(image: Image.Image) -> Pixels:
-    """The pixels, writable. Band by band: converted as a whole, a large picture would be in memory three times."""
+    """Return the pixels, writable. They are copied band by band: otherwise a picture would be in memory three times."""
     image.load()
     width, height = image.im.size  # of what is stored: a TIFF's own size is the upright one's
     pixels = np.empty((height, width, 3), np.uint8)

@@ -1,5 +1,5 @@
-"""PNG → RGB: Pillow decodes a copy of the file that holds what pixels need, so that texts, profiles and their checksums
-cannot end the decoding.
+"""Reader of PNG: Pillow decodes a copy of the file with the chunks that pixels need, so that texts, profiles and their
+checksums cannot fail the decoding.
 
 Source: PNG specification, third edition.
 """
@@ -22,7 +22,7 @@ END = b"\0\0\0\0IEND\xaeB`\x82"
 MAX_CHUNKS = 100_000
 MAX_EXIF_BYTES = 1 << 20
 PALETTE = 3
-"""The colour type for which PLTE says what the samples mean; for others it is a suggestion."""
+"""Colour type whose samples are indices into PLTE; for others PLTE is a suggestion."""
 
 
 def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
@@ -50,7 +50,7 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(kind, body, whole chunk) of each one up to IEND or to where the file is cut off."""
+    """Yield (kind, body, whole chunk) of each chunk up to IEND or the end of a truncated file."""
     position = len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
@@ -65,7 +65,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 
 def _exif(kind: bytes, body: bytes) -> bytes | None:
-    """From eXIf, or from the text in which ImageMagick keeps it."""
+    """Return the EXIF data of eXIf, or of the text in which ImageMagick keeps it."""
     if kind == b"eXIf":
         return body
     if kind not in (b"zTXt", b"tEXt") or not body.startswith((b"Raw profile type exif\0", b"Raw profile type APP1\0")):

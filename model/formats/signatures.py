@@ -1,4 +1,4 @@
-"""Names of files by their first bytes: for errors that say what came, and to tell pictures from other files."""
+"""Names of file formats by their first bytes, for errors and to tell pictures from other files."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp",
     ".dib", ".tif", ".tiff", ".btf", ".tf8", ".gif", ".avif", ".avifs",
 )  # fmt: skip
-"""Endings of their files."""
+"""File name endings of these formats."""
 HEAD_BYTES = 512
-"""More than any of these needs."""
+"""First bytes of a file that suffice to name any format."""
 
 _BRANDS = {  # of the ISO base media format: what stands behind "ftyp"
     "AVIF": (b"avif", b"avis"),
@@ -80,7 +80,7 @@ _TEXTS: tuple[tuple[bytes, str], ...] = (
 
 
 def name_of(data: bytes) -> str | None:
-    """The format, one of READ or in words; None if it is not known. The first HEAD_BYTES suffice."""
+    """Return the format, one of READ or in words; None: it is unknown. The first HEAD_BYTES suffice."""
     head = bytes(data[:HEAD_BYTES])
     for test in (_by_beginning, _by_container, _by_text):
         if name := test(head):
@@ -93,7 +93,7 @@ def _by_beginning(head: bytes) -> str | None:
 
 
 def _by_container(head: bytes) -> str | None:
-    """Formats whose mark stands further on, or that hold other formats."""
+    """Name a format whose mark is not at the beginning, or that holds other formats."""
     tests: tuple[tuple[bool, Callable[[bytes], str | None]], ...] = (
         (head[:2] == b"BM" and head[14:18].strip(b"\0") != b"" and not any(head[15:18]), lambda _: "BMP"),
         (head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _tiff),
@@ -111,13 +111,13 @@ def _by_container(head: bytes) -> str | None:
 
 
 def _tiff(head: bytes) -> str:
-    """Name a TIFF; some raw files hide behind a TIFF's tags, and these say first what they are."""
+    """Name a TIFF; some raw files are TIFFs, and name themselves first."""
     raw = {b"CR": "a Canon raw file (CR2)", b"II": "a Phase One raw file (IIQ)", b"MM": "a Phase One raw file (IIQ)"}
     return raw.get(head[8:10], "TIFF")
 
 
 def _iso_media(head: bytes) -> str:
-    """By the major brand, else by those that it says it is compatible with: AVIF may call itself mif1 first."""
+    """Name it by its major brand, else by a compatible brand: AVIF may have the major brand mif1."""
     box = head[8 : int.from_bytes(head[:4], "big")]
     brands = [box[start : start + 4] for start in (0, *range(8, len(box), 4))]
     if brands[0] in (b"mif1", b"msf1") and not set(_BRANDS["AVIF"]).isdisjoint(brands):

@@ -1,10 +1,10 @@
-"""TIFF → RGB. The tags say what the samples mean: obeyed, or the file is refused with the reason.
+"""Reader of TIFF. The tags that define the samples are obeyed, or the file is refused with the reason.
 
-libtiff, through Pillow, undoes the compression; `tiff_samples` gives the samples their meaning. What only libtiff can
-read as pixels (JPEG, fax codes, YCbCr, Lab) Pillow decodes whole.
+libtiff, through Pillow, decompresses; `tiff_samples` interprets the samples. Pillow decodes the whole picture if only
+libtiff can read its pixels (JPEG, fax codes, YCbCr, Lab).
 
-Which directory is the picture: the first that is no reduced copy and no mask, of the file's chain, else of the
-sub-directories. A raw file is refused wherever it keeps its preview. Source: TIFF revision 6.0, TIFF/EP, DNG 1.7.
+The picture is the first directory that is neither a reduced copy nor a mask, of the file's chain, else of the
+sub-directories. A raw file is refused, wherever its preview is. Source: TIFF revision 6.0, TIFF/EP, DNG 1.7.
 """
 
 import io
@@ -44,18 +44,18 @@ TiffImagePlugin.READ_LIBTIFF = True
 
 MAX_SAMPLES = 16
 MAX_PIXEL_BYTES = 8
-"""Bytes a pixel of the largest picture in a single strip: 16-bit RGB with alpha. A strip is decompressed as a whole."""
+"""Most bytes per pixel of a picture in a single strip (16-bit RGB with alpha), which is decompressed as a whole."""
 CHUNK_SAMPLES = 1 << 22
-"""So many samples become RGB at once."""
+"""Samples that become RGB at once."""
 
 MAX_TILE_PIXELS = 2
-"""Pixels of all tiles for each of the largest picture: tiles reach beyond its edges."""
+"""Most pixels of all tiles, in multiples of the largest picture: tiles reach beyond its edges."""
 
 UNSIGNED = 1
 SEPARATE = 2
-"""Each sample has a plane of its own."""
+"""Planar configuration in which each sample has a plane of its own."""
 DIFFERENCED = (5, 8, 32946, 34925, 50000)
-"""Compressions that heed the predictor."""
+"""Compressions that use the predictor."""
 BYTES_COMPRESSIONS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
 PIXEL_COMPRESSIONS = (2, 3, 4, 6, 7)  # fax codes, JPEG
 COMPRESSIONS = {
@@ -96,15 +96,15 @@ def read(data: bytes, max_pixels: int) -> tuple[Pixels, object]:
 
 @dataclass(frozen=True)
 class Work:
-    """The memory of decoding besides the picture's own pixels."""
+    """The work of decoding: pixels and bytes besides the picture's own."""
 
     tile_pixels: int
     bytes_at_once: int
-    """Bytes of a row of strips or tiles."""
+    """Bytes of a row of strips or tiles, which are decompressed together."""
 
     @property
     def pixels(self) -> int:
-        """Pixels of the smallest picture that may take so much."""
+        """The work as a number of pixels: those of the smallest picture that may take so much memory."""
         return max(-(-self.tile_pixels // MAX_TILE_PIXELS), -(-self.bytes_at_once // MAX_PIXEL_BYTES))
 
 
@@ -167,13 +167,13 @@ def _read_samples(file: File, directory: Directory, grid: Grid, layout: Layout) 
 
 
 def _read_with_pillow(data: bytes) -> Pixels:
-    """Read what only libtiff turns into pixels. It knows these kinds by 1 or 8 bits."""
+    """Read a picture whose pixels only libtiff can decode, of 1 or 8 bits."""
     with _StoredTiff(io.BytesIO(data)) as image:
         return rgb_of(image)
 
 
 class _StoredTiff(TiffImagePlugin.TiffImageFile):
-    """As it is stored: Pillow would turn it upright, by XMP, too."""
+    """A TIFF as it is stored: Pillow would turn it upright, by XMP too."""
 
     def load_end(self) -> None:
         pass

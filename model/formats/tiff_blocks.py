@@ -1,7 +1,7 @@
-"""TIFF: strips and tiles, decompressed.
+"""Decompression of a TIFF's strips and tiles.
 
-libtiff, through Pillow, undoes the compression and nothing else: it is given the blocks as a grey picture of 8 bits
-that has as many pixels as they have bytes.
+libtiff, through Pillow, only decompresses: it gets the blocks as a grey picture of 8 bits, with one pixel for each of
+their bytes.
 """
 
 import io
@@ -34,12 +34,12 @@ from model.formats.tiff_tags import (
 )
 
 BAND_BYTES = 1 << 24
-"""About so much is decompressed at once, if the file's strips allow."""
+"""Bytes that are decompressed at once, approximately, if the file's strips allow."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Strips or tiles: `rows` × `columns` blocks of `height` × `width` pixels cover each plane."""
+    """The grid of strips or tiles: `rows` × `columns` blocks of `height` × `width` pixels cover each plane."""
 
     height: int
     width: int
@@ -61,14 +61,14 @@ class Grid:
 
     @property
     def pixels(self) -> int:
-        """All blocks' together: what is decompressed for one plane; strips end with the picture."""
+        """Pixels that are decompressed for one plane: those of all blocks; strips end with the picture."""
         return self.rows * self.height * self.columns * self.width if self.tiled else 0
 
 
 def decompressed(
     file: File, directory: Directory, grid: Grid, row_bytes: int, plane: int, rows: range, height: int
 ) -> Image.Image:
-    """These rows of blocks, `height` rows of pixels, as a picture whose pixels are bytes: columns × row_bytes wide."""
+    """Decompress rows of blocks, `height` rows of pixels, to a picture of bytes, columns × row_bytes wide."""
     compression = directory.get(COMPRESSION, 1)
     tags = {
         WIDTH: grid.columns * row_bytes, HEIGHT: len(rows) * grid.height if grid.tiled else height, BITS: 8,

@@ -1,4 +1,4 @@
-"""The meaning of a TIFF's samples: bytes as they lie in strips or tiles → samples → RGB."""
+"""Interpretation of a TIFF's samples: bytes of strips or tiles → samples → RGB."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from model.types import Pixels
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK = 0, 1, 2, 3, 5
 COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, 6: 3, 8: 3}
-"""Samples that say the colour, of each photometric interpretation; 6 is YCbCr, 8 Lab."""
+"""Colour samples of each photometric interpretation; 6 is YCbCr, 8 Lab."""
 PREMULTIPLIED = 1
 Samples = NDArray[np.unsignedinteger]
 
@@ -25,14 +25,14 @@ class Layout:
     samples: int
     photometric: int
     separate: bool
-    """Each sample has a plane of its own."""
+    """True: each sample has a plane of its own."""
     order: str
     """Byte order of 16-bit samples, "<" or ">"."""
     differences: int
-    """Predictor: 2 if samples are differences from the pixel to their left."""
+    """Predictor: 2 if samples are differences from the left neighbour."""
     extra: tuple[int, ...]
     largest: int
-    """MaxSampleValue; 0: not said."""
+    """MaxSampleValue; 0: it is missing."""
     colour_map: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def alpha(self) -> int | None:
-        """The sample that is the alpha which the colours were multiplied by."""
+        """Index of the alpha sample by which the colours were multiplied; None: there is none."""
         if PREMULTIPLIED not in self.extra or self.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             return None
         sample = self.colours + self.extra.index(PREMULTIPLIED)
@@ -65,7 +65,7 @@ class Layout:
         return (width * (1 if self.separate else self.samples) * self.bits + 7) // 8
 
     def unpack(self, rows: NDArray[np.uint8], block_width: int, width: int) -> Samples:
-        """Bytes [rows, blocks × row_bytes] → samples [rows, width, samples in this plane]."""
+        """Unpack bytes [rows, blocks × row_bytes] into samples [rows, width, samples in this plane]."""
         height, row_bytes = len(rows), self.row_bytes(block_width)
         blocks = rows.reshape(height, -1, row_bytes)
         count = block_width * (1 if self.separate else self.samples)
@@ -83,7 +83,7 @@ class Layout:
 
 
 def _unpack_bits(blocks: NDArray[np.uint8], bits: int, count: int) -> Samples:
-    """Samples of any other number of bits, the highest first, each row from a whole byte."""
+    """Unpack samples of any other number of bits, the highest bit first; each row begins at a whole byte."""
     if 8 % bits == 0:
         shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
         return (blocks[..., None] >> shifts & np.uint8((1 << bits) - 1)).reshape(*blocks.shape[:2], -1)[:, :, :count]
@@ -96,7 +96,7 @@ def _unpack_bits(blocks: NDArray[np.uint8], bits: int, count: int) -> Samples:
 
 
 def to_rgb(samples: Samples, layout: Layout) -> Pixels:
-    """Samples [H, W, S] → RGB [H, W, 3]. Alpha and whatever else is no colour is dropped."""
+    """Convert samples [H, W, S] to RGB [H, W, 3]. Alpha and other samples that are no colours are dropped."""
     colours = samples[:, :, : layout.colours]
     if layout.photometric == PALETTE:
         return _palette(layout)[colours[:, :, 0]]
@@ -113,9 +113,9 @@ def to_rgb(samples: Samples, layout: Layout) -> Pixels:
 
 
 def _eight_bits(samples: Samples, layout: Layout) -> NDArray[np.uint8]:
-    """Fewer bits are spread over the range, of more the high byte is kept.
+    """Convert samples to 8 bits: fewer bits are scaled to the range, of more bits the high byte is kept.
 
-    The range is what MaxSampleValue declares, where that says more than 8 bits and fewer than the samples have.
+    MaxSampleValue defines the range, if it has more than 8 bits and fewer than the samples.
     """
     count = 1 << layout.bits
     if layout.bits <= 8:

@@ -1,4 +1,4 @@
-"""TIFF: a file's directories and their tags. Source: TIFF revision 6.0, BigTIFF, TIFF/EP, DNG 1.7."""
+"""Directories and tags of a TIFF. Source: TIFF revision 6.0, BigTIFF, TIFF/EP, DNG 1.7."""
 
 import struct
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,9 @@ from model.formats import InvalidImage
 
 MAX_DIRECTORIES = 100
 MAX_TAGS = 1_000
-"""Tags of one directory; real ones have tens."""
+"""Most tags of one directory; real ones have tens."""
 MAX_VALUES = 3 << 16
-"""Values of one tag; the colours of 16 bits are as many."""
+"""Most values of one tag: the colour map for 16 bits."""
 
 SUBFILE_TYPE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 254, 256, 257, 258, 259, 262, 266
 OLD_SUBFILE_TYPE, OLD_REDUCED = 255, 2
@@ -27,7 +27,7 @@ NEEDED = frozenset({
     TILE_BYTES, SUB_DIRECTORIES, INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, DEPTH, DNG_VERSION, OLD_SUBFILE_TYPE,
 })  # fmt: skip
 VALUES = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
-"""Field types of whole numbers without sign."""
+"""Field types of unsigned integers."""
 REDUCED, MASK = 1, 4
 RAW_COMPRESSIONS = (262, 32767, 32769, 32770, 34713, 34892, 65000, 65535)
 """Compressions of Kodak, Sony, Epson, Samsung, Nikon, DNG, Kodak and Pentax."""
@@ -37,7 +37,7 @@ CFA, LINEAR_RAW = 32803, 34892
 @dataclass(frozen=True)
 class Directory:
     tags: Mapping[int, NDArray[np.unsignedinteger]]
-    """Values of whole numbers; tags of other types are empty."""
+    """Unsigned integer values of each tag; tags of other types are empty."""
     offset: int
 
     def get(self, tag: int, default: int) -> int:
@@ -70,7 +70,7 @@ class Directory:
 class File:
     data: bytes | bytearray
     order: str
-    """"<" or ">"."""
+    """Byte order, "<" or ">"."""
     big: bool
 
     @staticmethod
@@ -82,7 +82,7 @@ class File:
         return self._number(8, "Q") if self.big else self._number(4, "I")
 
     def directory(self, offset: int) -> tuple[Directory, int]:
-        """It, and the offset of the next one."""
+        """Return the directory, and the offset of the next one."""
         count, entry, size = (
             (self._number(offset, "Q"), "HHQ", 20) if self.big else (self._number(offset, "H"), "HHI", 12)
         )
@@ -130,7 +130,7 @@ class File:
                 return
 
     def starting_at(self, directory: Directory) -> bytes:
-        """The file with this directory as its first."""
+        """Return the file with this directory as its first."""
         if directory.offset == self.first():
             return bytes(self.data)
         header = bytes(self.data[: 8 if self.big else 4])

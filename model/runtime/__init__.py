@@ -1,4 +1,4 @@
-"""The device behind one door: which one computes is decided here, and nowhere else."""
+"""The interface to the device, and the choice of the device, which is made here alone."""
 
 import logging
 from typing import Literal
@@ -25,7 +25,7 @@ def open_runtime(
     gpu_memory_limit_bytes: int | None,
     runs_at_once: int | None,
 ) -> tuple[Runtime, bool]:
-    """Open a file on the device asked for; true means that `auto` wanted CUDA and could not use it.
+    """Open a file on the given device. True: `auto` tried CUDA and could not use it.
 
     `session` is the file opened on `threads` of the CPU. DeviceUnavailable: `cuda` was asked for and cannot be used.
     """

@@ -1,8 +1,8 @@
-"""The CPU: one session of any shape that has all cores, and a second one whose runs share them.
+"""The CPU: a wide session that uses all cores for one run, and a narrow one whose runs share the cores.
 
-A run that is alone takes the wide session and nothing else runs. Under concurrent load runs go side by side on the
-narrow session: fewer threads each waste less of the cores. A run's calling thread computes too, so that N callers are
-N - 1 threads more than the session's own.
+A run that is alone takes the wide session. Under concurrent load runs execute in parallel on the narrow session: fewer
+threads each waste less of the cores. A run's calling thread computes too, so N callers add N - 1 threads to the
+session's own.
 """
 
 import threading
@@ -21,7 +21,7 @@ LARGE_MODEL_BYTES = 64 * 2**20
 
 
 class Session(Protocol):
-    """The part of ort.InferenceSession that is used."""
+    """The methods of ort.InferenceSession that are used."""
 
     def run(
         self, output_names: None, input_feed: dict[str, Any], run_options: ort.RunOptions | None
@@ -36,7 +36,7 @@ class CpuRuntime:
     batch_size = 1
 
     def __init__(self, wide: Session, resize: ResizePolicy, *, narrow: Session | None = None, lanes: int = 1) -> None:
-        """`lanes` runs share `narrow`; without it, runs take turns on `wide`."""
+        """Make a runtime in which `lanes` runs share `narrow`; without `narrow`, runs take turns on `wide`."""
         self.lanes = lanes if narrow is not None else 1
         self._wide, self._narrow, self._resize = wide, narrow, resize
         self._changed = threading.Condition()
@@ -60,8 +60,8 @@ class CpuRuntime:
         self._call = call
 
     def warm_up(self, max_batch_size: int) -> Iterator[list[NDArray[Any]]]:
-        """Run a quarter of a canvas on each session: it tells what is broken, and a network that takes long starts
-        soon. The first picture that follows takes longer than the next, by the memory that it touches first."""
+        """Run a quarter of a canvas on each session: that finds a broken file, and a slow network starts soon. The
+        first picture after it takes a little longer than the next, because it touches new memory."""
         divisor = self._resize.divisor
         height, width = (max(1, side // 2 // divisor) * divisor for side in blank_canvas(self._resize).canvas_size)
         quarter = CanvasImage.uniform((height, width))
@@ -108,10 +108,10 @@ def open_on_cpu(model: bytes, threads: int) -> ort.InferenceSession:
 def cpu_runtime(
     model: bytes, wide: ort.InferenceSession, resize: ResizePolicy, *, threads: int, runs_at_once: int | None
 ) -> CpuRuntime:
-    """The runtime of a file that is open as `wide` on all `threads`.
+    """Make the runtime of a file that is open as `wide` on all `threads`.
 
-    A second session takes the weights' memory once more for a gain of some percent, so `runs_at_once` is by default
-    1 for a file over 64 MiB, else 2.
+    A second session holds the weights once more for a gain of some percent, so `runs_at_once` is by default 1 for a
+    file over 64 MiB, else 2.
     """
     if runs_at_once is None:
         runs_at_once = RUNS_AT_ONCE if len(model) <= LARGE_MODEL_BYTES else 1

@@ -1,7 +1,7 @@
-"""CUDA: a session for each input shape, each with two lanes: one runs while the other is uploaded.
+"""CUDA: a session for each input shape, with two lanes each: one runs while the other is uploaded.
 
-A batch is padded to the next power of two, to keep the shapes few. What the models of the process share is in
-`model.runtime.cuda_device`, one session in `model.runtime.cuda_session`.
+A batch is padded to the next power of two, to keep the number of shapes small. `model.runtime.cuda_device` holds what
+the models of the process share, and `model.runtime.cuda_session` one session.
 """
 
 import logging
@@ -20,9 +20,9 @@ from model.types import CanvasImage
 logger = logging.getLogger(__name__)
 
 COMMON_SIZES = ((1200, 1200), (1200, 1600), (1600, 1200), (1200, 1800), (1800, 1200), (1080, 1920), (1920, 1080))
-"""(height, width) of pictures whose canvases `warm_up` runs: 1:1, 4:3, 3:2, 16:9, both ways."""
+"""Sizes (height, width) of pictures whose canvases `warm_up` runs: 1:1, 4:3, 3:2, 16:9, landscape and portrait."""
 BYTES_PER_PIXEL: Mapping[Precision, int] = {"fp32": 733, "fp16": 421, "int8": 733}
-"""Activations of one canvas pixel: the most that a ResNet-50's arena took, without cuDNN's workspace."""
+"""Bytes of activations per canvas pixel: the most that a ResNet-50's arena took, without cuDNN's workspace."""
 BYTES_PER_COPIED_PIXEL = 3
 
 
@@ -67,8 +67,8 @@ class CudaRuntime:
         self._call = call
 
     def warm_up(self, max_batch_size: int) -> Iterator[list[NDArray[Any]]]:
-        """Run the common canvases, alone and in the batches up to `max_batch_size` that get sessions of their own, as
-        many of them as the budget holds."""
+        """Run the common canvases, alone and in the batches up to `max_batch_size` that have sessions of their own, as
+        many as the budget holds."""
         batches = common_batches(self._resize, max_batch_size)
         without = 0
         for batch in batches:
@@ -85,7 +85,7 @@ class CudaRuntime:
             )
 
     def has_room(self, count: int, canvas_size: tuple[int, int]) -> bool:
-        """A batch of `count` canvases has its session, or gets one without closing another's."""
+        """Tell whether a batch of `count` canvases has a session, or gets one without closing another."""
         shape = InputShape(padded_batch(count), *canvas_size)
         with self._device.changed:
             return shape in self._open_shapes() or self._device.fits(self._new(shape))
@@ -96,7 +96,7 @@ class CudaRuntime:
             return self._open_shapes()
 
     def _warm(self, batch: Sequence[CanvasImage]) -> list[NDArray[Any]] | None:
-        """None: there is no room for its session beside those that are open."""
+        """Warm up one batch; None: the budget does not hold its session besides the open ones."""
         if not self.has_room(len(batch), batch[0].canvas_size):
             return None
         try:
@@ -116,7 +116,7 @@ class CudaRuntime:
         return ShapeSession(shape, fixed_bytes, self._bytes_per_pixel * pixels)
 
     def _take(self, shape: InputShape) -> "CudaLane | None":
-        """The lock is held."""
+        """Take a lane of this shape. The caller holds the lock."""
         if self._taken == self.lanes:
             return None
         session = self._sessions.get(shape)
@@ -164,7 +164,7 @@ class CudaLane:
 
 
 def common_batches(resize: ResizePolicy, max_batch_size: int) -> list[list[CanvasImage]]:
-    """Blank ones, small batches first: one for each common canvas and each number of images that gets a session."""
+    """Make blank batches, small ones first: one for each common canvas and each batch size that gets a session."""
     blanks = [blank_canvas(resize, size) for size in COMMON_SIZES]
     canvases = {canvas.canvas_size: canvas for canvas in blanks}
     batch_sizes = sorted({padded_batch(count) for count in range(1, max_batch_size + 1)})
@@ -172,7 +172,7 @@ def common_batches(resize: ResizePolicy, max_batch_size: int) -> list[list[Canva
 
 
 def cuda_runtime(model: bytes, metadata: ModelMetadata, *, limit_bytes: int | None, lanes: int | None) -> CudaRuntime:
-    """The runtime of a file on the first GPU, after a first run. Raises ONNX Runtime's own exceptions."""
+    """Make the runtime of a file on the first GPU, after a first run. Raises ONNX Runtime's own exceptions."""
     device = first_gpu(limit_bytes)
 
     def open_session(shape: InputShape) -> ort.InferenceSession:

@@ -1,9 +1,9 @@
-"""One GPU, as all models of the process share it: the thread that runs, the one that opens, and the budget of memory.
+"""The GPU that all models of the process share: a thread that runs, a thread that opens, and the memory budget.
 
-- Streams, cuDNN handles and captured graphs belong to the thread that runs a session. So one thread alone does.
+- Streams, cuDNN handles and captured graphs belong to the thread that runs a session. So one thread makes all runs.
 - A missing session opens on a second thread, one at a time; nothing else waits for it.
-- Runs follow each other, so the memory between two layers is one arena's, and counts once. What the budget cannot hold
-  is closed, the least recently used first.
+- Runs follow each other, so all sessions share one arena for activations, which counts once. Sessions beyond the budget
+  are closed, the least recently used first.
 
 The lock, `changed`, is never held while something is opened, copied, run or closed.
 """
@@ -26,17 +26,17 @@ from model.runtime.session import is_out_of_memory
 
 BUDGET_SHARE = 0.8
 DEFAULT_LIMIT_BYTES = 12 * 2**30
-"""For a card that does not say what is free: leaves one of 16 GiB some air."""
+"""Budget on a card that does not report its free memory; leaves a card of 16 GiB some room."""
 GRACE_SECONDS = 1
-"""A session that has just opened is not closed for another before its first run, if that comes so soon."""
+"""Time after opening in which a session that has not run yet is not closed for another."""
 RUNS_TO_CAPTURE = 3
-"""ONNX Runtime captures a graph in its third run."""
+"""Runs after which ONNX Runtime has captured a graph."""
 DEFAULT_OPTIONS = CudaOptions()
 ResultT = TypeVar("ResultT")
 
 
 class DaemonThread:
-    """A thread that calls what it is given, in order; the process ends without it."""
+    """A thread that makes the given calls, in order; the process does not wait for it."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -58,7 +58,7 @@ class DaemonThread:
 
 
 class ShapeSession:
-    """A session for one input shape with its lanes' memory, from the time it is asked for. The device's lock guards it.
+    """A session for one input shape with its lanes' memory, from the first request for it. The device's lock guards it.
 
     asked → opening → open, or failed → closed
     """
@@ -76,21 +76,22 @@ class ShapeSession:
         return self.state == "opening" or bool(self.idle) or self.in_use > 0
 
     def close(self) -> list[Buffers]:
-        """Close it; return what is to be dropped once the lock is free. A lane in use is dropped when its run ends."""
+        """Close it; return the objects to drop once the lock is free. A lane in use is dropped when its run ends."""
         self.state = "closed"
         dropped, self.idle = self.idle, []
         return dropped
 
 
 class CudaDevice:
-    """The first GPU, as all models of the process share it: the thread that runs, the one that opens, the budget."""
+    """The first GPU: the thread that runs, the thread that opens, and the budget, shared by all models of the
+    process."""
 
     def __init__(self, memory: Memory, limit_bytes: int, options: CudaOptions) -> None:
-        """`memory` "cpu" is for tests."""
+        """Make a device with a budget of `limit_bytes`. `memory` "cpu" is for tests."""
         self.memory, self.limit_bytes, self.options = memory, limit_bytes, options
         self.changed = threading.Condition()
         self.copies = threading.Lock()
-        """Held by copies; and by captures, which another thread's copy would end."""
+        """Lock held by copies, and by captures, which another thread's copy would end."""
         self._sessions: weakref.WeakSet[ShapeSession] = weakref.WeakSet()  # a model that goes takes its own with it
         self._uses = itertools.count(1)
         self._runner, self._opener = DaemonThread("cuda_run"), DaemonThread("cuda_open")
@@ -99,19 +100,19 @@ class CudaDevice:
         self._runner.submit(buffers.run).result()
 
     def fits(self, session: ShapeSession) -> bool:
-        """It can be open beside those that are, by the estimate. The lock is held."""
+        """Tell by the estimate whether it can be open besides the open ones. The caller holds the lock."""
         return self._bytes([*self._holding(), session]) <= self.limit_bytes
 
     def open_soon(
         self, session: ShapeSession, open_session: Callable[[InputShape], ort.InferenceSession], lanes: int,
         opened: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Open it on the opening thread, then call `opened`. The lock is held."""
+        """Open it on the opening thread, then call `opened`. The caller holds the lock."""
         self._sessions.add(session)
         self._opener.submit(partial(self._open, session, open_session, lanes, opened))
 
     def take(self, session: ShapeSession) -> Buffers | None:
-        """Idle memory of an open session; None for a failed one. The lock is held."""
+        """Take idle memory of an open session; None: it failed. The caller holds the lock."""
         if session.state == "failed":
             return None
         session.last_used = next(self._uses)
@@ -126,10 +127,10 @@ class CudaDevice:
             session.idle.append(buffers)
 
     def close_failed(self, session: ShapeSession, error: Exception, buffers: Buffers | None) -> None:
-        """Close the session that failed; where memory was short, every idle one too: plans are cheap to make again.
+        """Close the session that failed and, if memory was short, every idle one: new plans are cheap.
 
-        The arena keeps what it took, in pieces of the sizes that were asked for, which another canvas may not fit
-        into: so it is shrunk then, through the `buffers` whose run failed, or through any.
+        The arena keeps its memory in pieces of the requested sizes, into which another canvas may not fit. So it is
+        shrunk then, through the `buffers` whose run failed, or through any.
         """
         is_short = is_out_of_memory(error)
         with self.changed:
@@ -146,7 +147,7 @@ class CudaDevice:
         self, session: ShapeSession, open_session: Callable[[InputShape], ort.InferenceSession], lanes: int,
         opened: Callable[[], None],
     ) -> None:  # fmt: skip
-        """On the opening thread."""
+        """Open the session, on the opening thread."""
         self._make_room(session)
         try:
             opening = open_session(session.shape)
@@ -162,7 +163,7 @@ class CudaDevice:
         opened()
 
     def _make_room(self, session: ShapeSession) -> None:
-        """Close others until it fits beside the rest, or is alone; wait for those of them that are in use."""
+        """Close other sessions until it fits besides the rest, or is alone; wait for those in use."""
         with self.changed:
             # Else two canvases that do not fit side by side could close each other's session, and neither ever run.
             self.changed.wait_for(
@@ -188,7 +189,7 @@ class CudaDevice:
         return shared + sum(each.fixed_bytes for each in sessions)
 
     def _buffers(self, session: ort.InferenceSession, shape: InputShape, lanes: int) -> list[Buffers]:
-        """On the running thread: what is bound and captured here belongs to it."""
+        """Make buffers on the running thread, to which bindings and captured graphs belong."""
         idle = [Buffers(session, shape, self.memory, number) for number in range(lanes)]
         if self.options.capture_graph:
             with self.copies:
@@ -201,7 +202,7 @@ class CudaDevice:
 
 @functools.cache
 def first_gpu(limit_bytes: int | None, options: CudaOptions = DEFAULT_OPTIONS) -> CudaDevice:
-    """The process's own, made at the first call. `limit_bytes` [0.8 of what is free then]."""
+    """Return the process's GPU, made at the first call. `limit_bytes` [0.8 of the free memory then]."""
     preload_cuda()
     if limit_bytes is None:
         free = free_bytes()

@@ -1,7 +1,7 @@
 """One session on CUDA, for exactly one input shape, and the memory that it reads and writes.
 
-ONNX Runtime keeps one plan of each convolution, for the last shape it saw, and makes all of them again when the shape
-changes: hence a session for each shape. `model.runtime.cuda` says which of them is open and which runs.
+ONNX Runtime keeps one plan of each convolution, for the last shape, and makes all plans again when the shape changes.
+Therefore each shape has a session. `model.runtime.cuda` decides which of them are open and which one runs.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 HEAVY_OPERATORS = frozenset(
     {"Conv", "FusedConv", "ConvInteger", "QLinearConv", "TopK", "Gather", "GatherElements", "GatherND"}
 )
-"""Operators that must not end up on the CPU when CUDA is asked for. With every shape fixed, no Gather that is left
-reads a mere shape, which ONNX Runtime would rightly do on the CPU."""
+"""Operators that must not run on the CPU when CUDA is wanted. With every shape fixed, no remaining Gather reads a
+shape, which ONNX Runtime would rightly do on the CPU."""
 ELEMENT_TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
 }
-"""Types of the outputs that a detector, or a part of one, has."""
+"""Output types of a detector, or of a part of one."""
 
 Memory = Literal["cpu", "cuda"]
-"""ONNX Runtime's names of where inputs and outputs are; the first device of its kind."""
+"""ONNX Runtime's names of the memory of inputs and outputs; the first device of its kind."""
 
 
 class InputShape(NamedTuple):
-    """The names are those of the graph's free dimensions."""
+    """Sizes of the graph's free dimensions, by their names."""
 
     batch: int
     height: int
@@ -49,37 +49,37 @@ class InputShape(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """Options that only a card decides; the defaults by what an H200 did (docs/benchmarks.md)."""
+    """Options whose best values depend on the card; the defaults are an H200's (docs/benchmarks.md)."""
 
     use_tf32: bool = True
-    """fp32 convolutions and products by tensor cores, with 10 bits of mantissa."""
+    """Compute fp32 convolutions and products by tensor cores, with 10 bits of mantissa."""
     prefer_nhwc: bool = True
-    """Tensor cores want it: 1.2 times as fast."""
+    """Use the NHWC layout, which tensor cores want: 1.2 times as fast."""
     fuse_conv_bias: bool = False
-    """With NHWC alone; 1.1 times as fast in batches of 1, 1.3 in batches of 8. But each shape's plan takes 4 s, in
-    which nothing else runs, instead of 0.3."""
+    """Fuse convolution and bias, with NHWC only: 1.1 times as fast in batches of 1, 1.3 in batches of 8. But each
+    shape's plan takes 4 s instead of 0.3, and nothing else runs meanwhile."""
     capture_graph: bool = False
     """Record a run's kernels once and replay them: 1.1 times as fast in batches of 1, no gain in larger ones. A replay
-    writes where its recording did, so these sessions share no arena: in a shared one another session's weights might
-    have come to lie there."""
+    writes to the addresses of its recording, so these sessions share no arena, in which another session's weights might
+    be there."""
     algorithm_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
-    """The choice of cuDNN's plans; ONNX Runtime's own default tries all of them, for each new shape."""
+    """Search for cuDNN's plans; ONNX Runtime's own default tries all of them, for each new shape."""
 
 
 class Buffers:
     """Input and output memory of one session, at addresses that never change, for one batch at a time.
 
-    `load`, `run`, `read`. Only `run` keeps the device busy; the copies of the other two go over a stream of their own
-    and have arrived when they return. They hold Python's lock meanwhile, so on CUDA the host's side is page-locked,
-    where ONNX Runtime offers that: 0.1 ms a picture rather than 0.4 (2.6 MB over PCIe 4, by its data sheet).
+    Use `load`, `run` and `read`, in this order. Only `run` keeps the device busy. The copies of `load` and `read` use a
+    stream of their own and are complete on return. They hold the GIL meanwhile, so on CUDA the host's memory is
+    page-locked if ONNX Runtime offers that: 0.1 ms a picture instead of 0.4 (2.6 MB over PCIe 4, by its data sheet).
     """
 
     inputs: dict[str, ort.OrtValue]
     outputs: dict[str, ort.OrtValue]
-    """By name, in the graph's order."""
+    """Output memory by name, in the graph's order."""
 
     def __init__(self, session: ort.InferenceSession, shape: InputShape, memory: Memory, number: int = 0) -> None:
-        """`number` tells the buffers of one session apart. DeviceUnavailable: the outputs are not of fixed sizes."""
+        """Allocate the memory. `number` tells a session's buffers apart. DeviceUnavailable: an output's size varies."""
         self._session = session
         self.inputs = {
             "images": ort.OrtValue.ortvalue_from_shape_and_type((*shape, 3), np.uint8, memory),
@@ -102,7 +102,7 @@ class Buffers:
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", device)
 
     def load(self, canvases: Sequence[CanvasImage]) -> None:
-        """Lay the canvases into the first rows, and bring them to the device."""
+        """Copy the canvases into the first rows, and to the device."""
         for row, canvas in enumerate(canvases):
             self._images[row] = canvas.pixels
             self._sizes[row] = canvas.size
@@ -110,16 +110,16 @@ class Buffers:
         self.inputs["sizes"].update_inplace(self._sizes)
 
     def run(self) -> None:
-        """Return when the outputs are there. Raises ONNX Runtime's own exceptions."""
+        """Run, and return when the outputs are complete. Raises ONNX Runtime's own exceptions."""
         self._session.run_with_iobinding(self._binding, self._options)
 
     def shrink_arena(self) -> None:
-        """Give back what the arena holds and nothing uses: ONNX Runtime does so after a run, and if that fails too."""
+        """Free the arena's unused memory: ONNX Runtime does so after a run, even one that fails."""
         with contextlib.suppress(Exception):  # ONNX Runtime's exceptions have no base of their own
             self._session.run_with_iobinding(self._binding, self._shrinking)
 
     def read(self, count: int) -> list[NDArray[Any]]:
-        """Return the outputs' first rows: copies, since the memory is used again."""
+        """Return copies of the outputs' first rows; the memory is used again."""
         outputs = list(self.outputs.values())
         if self._answers:
             ort.copy_tensors(outputs, self._answers)
@@ -142,20 +142,20 @@ def _fixed_sizes(node: ort.NodeArg) -> list[int]:
 
 
 def page_locked(memory: Memory) -> ort.OrtMemoryInfo | None:
-    """Find the memory from which copies to the device are fastest, if ONNX Runtime lists a device that offers it."""
+    """Find page-locked memory, from which copies to the device are fastest, if ONNX Runtime lists a device with it."""
     devices = [device for device in ort.get_ep_devices() if device.ep_name == CUDA] if memory == "cuda" else []
     return devices[0].memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE) if devices else None
 
 
 def host_memory(shape: Sequence[int], element_type: type[np.generic], memory: Memory) -> ort.OrtValue:
-    """Memory of the host that `numpy()` shows, to copy to and from the device: page-locked where that is offered."""
+    """Allocate memory of the host for copies to and from the device, readable by `numpy()`: page-locked if offered."""
     if (info := page_locked(memory)) is None:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type)
     return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, memory_info=info)
 
 
 def padded_batch(count: int) -> int:
-    """The next power of two."""
+    """Return the next power of two."""
     return 1 << (count - 1).bit_length()
 
 
@@ -163,8 +163,8 @@ def padded_batch(count: int) -> int:
 def preload_cuda() -> None:
     """Load CUDA and cuDNN from the wheels installed beside ours, once, before the first session on CUDA.
 
-    ONNX Runtime offers page-locked memory for the devices of registered libraries only; its own CUDA library is not
-    registered by itself. Without it copies are slower, no more, so that this fails is for the log.
+    ONNX Runtime offers page-locked memory only for the devices of registered libraries, and its own CUDA library is not
+    registered by default. A failure is only logged, because copies are merely slower without it.
     """
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; stdout belongs to results
         ort.preload_dlls()
@@ -186,7 +186,7 @@ def share_arena(limit_bytes: int) -> None:
 
 
 def free_bytes() -> int | None:
-    """Ask what is free on CUDA's device 0, of CUDA itself: NVML counts devices otherwise, and hidden ones too."""
+    """Return the free bytes of CUDA's device 0, as CUDA reports them: NVML numbers devices in another way."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     try:
         library = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.split('.')[0]}")
@@ -200,8 +200,8 @@ def open_on_cuda(
 ) -> ort.InferenceSession:
     """Open a session for exactly this shape. DeviceUnavailable: CUDA cannot be used, or not for these operators.
 
-    `memory_limit_bytes` bounds an arena of its own, where none is shared. `profile`: where ONNX Runtime writes its
-    times, a prefix.
+    `memory_limit_bytes` bounds the session's own arena, if none is shared. `profile` is the prefix of the files to
+    which ONNX Runtime writes its times.
     """
     options = fixed_shape_options(shape, threads=1)
     options.add_session_config_entry("session.use_env_allocators", str(int(not cuda.capture_graph)))
@@ -217,7 +217,7 @@ def open_on_cuda(
 
 
 def fixed_shape_options(shape: InputShape, threads: int) -> ort.SessionOptions:
-    """For a session of this shape alone, which can be asked what runs where."""
+    """Make options of a session of this shape alone, which records the provider of each node."""
     options = session_options(threads)
     for name, size in shape._asdict().items():
         options.add_free_dimension_override_by_name(name, size)

@@ -1,6 +1,6 @@
-"""The door to a device, and ONNX Runtime's sessions behind it, whatever computes.
+"""The interface to a device, `Runtime` and `Lane`, and the options of ONNX Runtime's sessions on any device.
 
-A `Lane` is a permit for one batch. `Runtime.free_lane` takes it; its run ends it, however it ends.
+A `Lane` is a permit for one batch. `Runtime.free_lane` takes it; its run releases it, also when it fails.
 """
 
 import os
@@ -20,7 +20,7 @@ from model.types import CanvasImage
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 RUNS_AT_ONCE = 2
-"""Default of the batches that a device takes at once. CUDA: one runs, one is uploaded. CPU: two share the cores."""
+"""Default number of batches on a device at once. CUDA: one runs, one is uploaded. CPU: two share the cores."""
 OUT_OF_MEMORY = re.compile(
     "out of memory|failed to allocate|smaller than requested bytes|ALLOC_FAILED|bad_alloc|CUDA failure 2:",
     re.IGNORECASE,
@@ -28,10 +28,10 @@ OUT_OF_MEMORY = re.compile(
 
 
 class Stopper:
-    """Ends, from any thread, the runs that the thread which entered it makes: a model being warmed up, and stuck.
+    """Ends, from any thread, the runs of the thread that has entered it, such as a stuck warm-up.
 
-    A run ends before its next node. A session that is being opened cannot be stopped: ONNX Runtime looks at no flag
-    while it folds constants.
+    A run ends before its next node. An opening session cannot be stopped: ONNX Runtime checks no flag while it folds
+    constants.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ _run_options = threading.local()
 
 
 def run_options() -> ort.RunOptions | None:
-    """Return those by which this thread's runs can be stopped, if it has entered a Stopper."""
+    """Return the run options by which this thread's runs can be stopped, if it has entered a Stopper."""
     return getattr(_run_options, "value", None)
 
 
 class DeviceUnavailable(RuntimeError):
-    """The device asked for cannot be used: no CUDA build, library, driver or GPU, or a model that CUDA cannot run."""
+    """The wanted device cannot be used: no CUDA build, library, driver or GPU, or a model that CUDA cannot run."""
 
 
 class Lane(Protocol):
@@ -74,53 +74,53 @@ class Runtime(Protocol):
     """A model on its device. Thread-safe."""
 
     provider: str
-    """ONNX Runtime's name of what computes."""
+    """ONNX Runtime's execution provider."""
     tf32: bool
-    """Convolutions of fp32 models keep 10 bits of mantissa, by tensor cores."""
+    """True: convolutions of fp32 models run on tensor cores, with 10 bits of mantissa."""
     lanes: int
     """Batches that may be on the device at once."""
     batch_size: int
-    """Images of a batch from which on more bring the device nothing, as far as is known."""
+    """Images of a batch beyond which the device gains nothing, as far as is known."""
 
     def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
-        """Take a lane for `count` canvases of this (height, width), at once: nothing is opened or waited for.
+        """Take a lane for `count` canvases of this (height, width), without opening or waiting for anything.
 
-        `concurrent`: more batches run or wait. None: no lane is free, or none for this canvas yet; then it was asked
-        for, and `when_lane_freed` calls when it is there. A canvas that cannot be had gets a lane whose run raises.
+        `concurrent`: more batches run or wait. None: no lane is free, or the canvas has no session yet. The session is
+        then requested, and `when_lane_freed` calls when it is open. If it cannot be opened, the lane's run raises.
         """
 
     def run(self, canvases: Sequence[CanvasImage]) -> list[NDArray[Any]]:
-        """Wait for a lane and run on it: for callers that know no lanes."""
+        """Wait for a lane and run on it, for callers without a lane."""
 
     def when_lane_freed(self, call: Callable[[], None]) -> None:
-        """Have `call` called, on any thread, whenever a lane became free otherwise than by the end of its own run."""
+        """Have `call` called, on any thread, whenever a lane becomes free by other means than the end of its run."""
 
     def warm_up(self, max_batch_size: int) -> Iterator[list[NDArray[Any]]]:
-        """Run blank canvases as the iterator is drawn, and yield what `run` returns of each."""
+        """Run a blank canvas at each step of the iterator, and yield what `run` returns."""
 
 
 def blank_canvas(resize: ResizePolicy, size: tuple[int, int] = (1200, 1600)) -> CanvasImage:
-    """The canvas of a black picture of this (height, width)."""
+    """Make the canvas of a black picture of this (height, width)."""
     return to_canvas(np.zeros((*size, 3), np.uint8), resize)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Read off ONNX Runtime's message: its exceptions carry nothing else."""
+    """Tell by ONNX Runtime's message, the only information in its exceptions, whether memory did not suffice."""
     return OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def one_line(error: Exception) -> str:
-    """ONNX Runtime's message without its prefix."""
+    """Return ONNX Runtime's message on one line, without its prefix."""
     return " ".join(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).split())
 
 
 def has_cuda_build() -> bool:
-    """ONNX Runtime was built for CUDA; whether CUDA works here, only opening a session tells."""
+    """Tell whether ONNX Runtime was built for CUDA; only opening a session tells whether CUDA works."""
     return CUDA in ort.get_available_providers()
 
 
 def operators_on(session: ort.InferenceSession, provider: str) -> frozenset[str]:
-    """The kinds of node that `provider` runs, in a session opened with session.record_ep_graph_assignment_info."""
+    """Return the operators that `provider` runs, in a session opened with session.record_ep_graph_assignment_info."""
     parts = session.get_provider_graph_assignment_info()
     return frozenset(node.op_type for part in parts if part.ep_name == provider for node in part.get_nodes())
 
