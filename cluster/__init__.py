@@ -1,4 +1,4 @@
-"""The service beyond one machine, on Ray: `serve` answers requests, `batch` goes through archives.
+"""The service on several machines, with Ray: `serve` answers requests, `batch` processes archives.
 
-Needs the extra `ray`, which the service does without.
+Needs the extra `ray`, which the service does not need.
 """

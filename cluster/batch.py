@@ -2,10 +2,10 @@
 
 paths --blocks--> Worker, one actor for each core or GPU: read, decode, detect --rows--> this process --Parquet--> DEST
 
-This process alone writes, so the rows in DEST are the checkpoint; Ray's own (`CheckpointConfig`, beta) keeps a second
-record, which a kill can part from the rows. Workers read the files themselves, bounded, instead of Ray's readers: a
-file that cannot be read then costs its own row and not the job, no picture crosses the object store, and nothing but
-the workers asks for CPUs, so that the job runs on one. A worker that dies is replaced, and its block done again.
+This process alone writes, so the rows in DEST are the checkpoint. Ray's own checkpoint (`CheckpointConfig`, beta) is a
+second record, which a kill can separate from the rows. Workers, not Ray's readers, read the files, within bounds. So an
+unreadable file costs its own row and not the job, no picture crosses the object store, and only the workers need CPUs,
+so that the job runs on one. A worker that dies is replaced, and its block is done again.
 """
 
 import logging
@@ -40,18 +40,18 @@ from service.logs import printable
 READ_AHEAD = {"cpu": 2, "cuda": 8}
 """Pictures that are read and decoded while one is on the device."""
 MIN_BLOCK, MAX_BLOCKS, BLOCKS_PER_WORKER = 16, 10_000, 8
-"""Paths that a worker takes at once: few, so that all end together and little is lost; not so few that the blocks of
-millions burden Ray."""
+"""Paths that a worker takes at once: few, so that all workers end together and a kill loses little, but enough that the
+number of blocks of a large job does not burden Ray."""
 MAX_ROWS_PER_FILE = 20_000
 LOG_SECONDS = 60
 """Seconds between two lines of progress in a log."""
 BLOCK_SCHEMA = SCHEMA.append(pa.field("unread", pa.string()))
-"""`unread`: why a picture has no row this time; it is tried again when the job is started again."""
+"""Schema of a block. `unread` says why a picture has no row; the next start of the job tries it again."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The workers of a job, and what each asks Ray for."""
+    """The workers of a job, and the resources that each requests of Ray."""
 
     device: str
     workers: int
@@ -59,7 +59,7 @@ class Pool:
 
     @property
     def logical(self) -> dict[str, float]:
-        """`map_batches`' arguments."""
+        """Arguments of `map_batches`."""
         return {f"num_{name.lower()}s": count for name, count in self.needs.items()}
 
 
@@ -67,7 +67,8 @@ class Worker:
     """An actor: a detector, and threads that read and decode ahead of it."""
 
     def __init__(self, pictures: Pictures, settings: Settings, tiling: Tiling | None, sha256: str) -> None:
-        """`settings.device` is cpu or cuda. InvalidModel: this machine's file is another one; DeviceUnavailable."""
+        """Open the model. `settings.device` is cpu or cuda. InvalidModel: this machine has another file.
+        DeviceUnavailable."""
         self._pictures, self._settings, self._tiling = pictures, settings, tiling
         self._detector = Detector(
             settings.model_file,
@@ -81,7 +82,8 @@ class Worker:
         self._readers = ThreadPoolExecutor(self._ahead)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Paths in, BLOCK_SCHEMA out. InferenceFailed: the device is lost, and every other picture would fail."""
+        """Turn paths into rows of BLOCK_SCHEMA. InferenceFailed: the device is lost; every other picture would fail
+        too."""
         paths = [from_ascii(path) for path in block["path"].to_pylist()]
         return pa.Table.from_pylist([self._row(*loading) for loading in self._loading(paths)], BLOCK_SCHEMA)
 
@@ -125,12 +127,13 @@ class Worker:
 
 
 def passes(error: Exception) -> bool:
-    """Tell whether the same picture may do another time: the network, a right, memory failed, not the picture."""
+    """Tell whether the picture may succeed another time: the network, a permission or memory failed, not the
+    picture."""
     return isinstance(error, OSError | MemoryError) or (isinstance(error, InferenceFailed) and error.kind == "oom")
 
 
 def recipe(settings: Settings, tiling: Tiling | None) -> dict[str, Any]:
-    """All that rows depend on, with the model file's own thresholds where none are set. InvalidModel."""
+    """Return all values on which rows depend, with the model file's thresholds for those not set. InvalidModel."""
     detector = Detector(settings.model_file, device="cpu", threads=1)
     options = ("score_threshold", "nms_threshold", "max_detections")
     given = {name: getattr(settings, name) for name in options}
@@ -144,7 +147,7 @@ def recipe(settings: Settings, tiling: Tiling | None) -> dict[str, Any]:
 
 
 def connect(address: str | None, workers: int | None, threads: int) -> None:
-    """Join the cluster there; None: start one on this machine, of as many logical CPUs as the workers ask for.
+    """Join the cluster at this address; None: start one on this machine, with as many logical CPUs as the workers need.
 
     ConnectionError: there is no cluster, or none could be started.
     """
@@ -176,15 +179,16 @@ def pool_for(device: str, workers: int | None, threads: int, resources: Mapping[
 
 
 def num_blocks(num_paths: int, workers: int) -> int:
-    """Choose into how many pieces the paths are shared out."""
+    """Choose the number of blocks of paths."""
     largest = max(MIN_BLOCK, num_paths // MAX_BLOCKS)
     return max(-(-num_paths // largest), min(num_paths, BLOCKS_PER_WORKER * workers))
 
 
 def detected(paths: Sequence[str], pool: Pool, *arguments: object) -> Iterator[pa.Table]:
-    """Yield the rows of all paths, a block at a time, in the order in which they are done. `arguments`: a Worker's.
+    """Yield the rows of all paths, a block at a time, in the order in which they are finished. `arguments`: a Worker's.
 
-    RayError, or the worker's own exception, ExecutionTimeoutError after half an hour without a block: it cannot go on.
+    The job cannot continue after a RayError, a worker's own exception, or an ExecutionTimeoutError (half an hour
+    without a block).
     """
     DataContext.get_current().enable_progress_bars = False
     count = num_blocks(len(paths), pool.workers)
@@ -200,7 +204,7 @@ def detected(paths: Sequence[str], pool: Pool, *arguments: object) -> Iterator[p
 
 
 def as_ascii(path: str) -> str:
-    """Spell a path so that Arrow takes it, whatever bytes it has; `from_ascii` turns it back."""
+    """Encode a path of any bytes for Arrow; `from_ascii` decodes it."""
     return quote(path, errors="surrogateescape")
 
 
@@ -212,9 +216,9 @@ def detect(
     pictures: Pictures, results: Results, settings: Settings, tiling: Tiling | None, *,
     address: str | None, workers: int | None, write_every_seconds: float,
 ) -> int:  # fmt: skip
-    """Give each picture a row that has none yet; return how many could not be read, in this run and before.
+    """Make the missing rows; return how many pictures could not be read, in this run and before.
 
-    ValueError, OSError, InvalidModel: it cannot be done as asked. RayError: it cannot go on; what is written stays.
+    ValueError, OSError, InvalidModel: the job cannot start. RayError: it cannot continue; written rows stay.
     """
     paths, made_with = pictures.paths(), recipe(settings, tiling)
     with results.taken(made_with):
@@ -237,7 +241,7 @@ def detect(
 
 
 def write_all(rows: Iterable[pa.Table], results: Results, progress: "tqdm[Any]", write_every_seconds: float) -> int:
-    """Write the rows as they come, a file every so often; return how many pictures could not be read."""
+    """Write the rows, one file for each `write_every_seconds`; return how many pictures could not be read."""
     waiting, written, failed = [SCHEMA.empty_table()], time.monotonic(), 0
     try:
         for block in rows:

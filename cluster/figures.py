@@ -1,7 +1,7 @@
-"""The key figures of a replica, handed on to Ray's metrics, which tell the replicas apart.
+"""The most important metrics of a replica, as metrics of Ray, which distinguishes replicas.
 
-`GET /metrics` is answered by whichever replica Ray's proxy chooses. Ray exports these on the metrics port of each node,
-as `ray_retinaserve_…` with the labels `application`, `deployment` and `replica`, counters with the ending `_total`.
+`GET /metrics` shows one replica, which Ray's proxy picks. Ray exports these metrics on the metrics port of each node,
+as `ray_retinaserve_…` with the labels `application`, `deployment` and `replica`; counters end in `_total`.
 """
 
 from prometheus_client import CollectorRegistry
@@ -19,20 +19,20 @@ FIGURES = (
     "retinaserve_model_reloads",
     "retinaserve_device_errors",
 )
-"""Families of `service.metrics`."""
+"""Names of metric families in `service.metrics`."""
 
 
 class KeyFigures:
-    """Ray's copies of the `FIGURES` of a registry; make it on the replica."""
+    """Ray's copies of the `FIGURES` of a registry. Make it on the replica."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._copies: dict[str, Counter | Gauge] = {}
         self._counted: dict[tuple[str, ...], float] = {}
-        """Counts handed on, by the name and the values of its labels."""
+        """Counts already reported, by metric name and label values."""
 
     def report(self) -> None:
-        """Hand on what is new."""
+        """Report the changes to Ray."""
         for family in self._registry.collect():
             if family.name in FIGURES:
                 for sample in family.samples:

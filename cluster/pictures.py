@@ -1,7 +1,6 @@
-"""The pictures of a batch job: where they are, and their bytes. A folder of this machine, or of an object store.
+"""The pictures of a batch job: their paths and bytes, in a folder of this machine or of an object store.
 
-A path is absolute, or a URI such as `s3://bucket/photos/1.jpg`. In results, bytes of it that are no UTF-8 are spelled
-out.
+A path is absolute, or a URI such as `s3://bucket/photos/1.jpg`. Results show bytes of it that are not UTF-8 as escapes.
 """
 
 import os
@@ -19,24 +18,24 @@ from service.detect import other_kind, read_image, refuse_giant
 
 @dataclass(frozen=True)
 class Pictures:
-    """A folder, or one file. Can be sent to another machine, which must see the same."""
+    """A folder, or one file. The value can be sent to another machine, which must have the same files."""
 
     files: fs.FileSystem
     root: str
-    """Absolute path; in an object store BUCKET/PREFIX."""
+    """Absolute path, or BUCKET/PREFIX in an object store."""
     scheme: str
-    """`s3://` for instance; empty for paths of this machine."""
+    """Scheme, such as `s3://`; empty for paths of this machine."""
 
     @classmethod
     def at(cls, source: str) -> Self:
-        """Open SOURCE. ValueError, OSError: there is no such store."""
+        """Open SOURCE. ValueError, OSError: the store does not exist."""
         files, root = open_store(source)
         return cls(files, root, "" if is_local(files) else source.partition("://")[0] + "://")
 
     def paths(self) -> list[str]:
-        """All pictures, in order of path: what ends like one, on this machine also what begins like one.
+        """Return all pictures, in order of path: by their file endings, on this machine also by their first bytes.
 
-        ValueError: there is no SOURCE, or no picture in it.
+        ValueError: SOURCE does not exist, or has no picture.
         """
         found = sorted(self._objects() if self.scheme else _local(Path(self.root)))
         if not found:
@@ -44,8 +43,8 @@ class Pictures:
         return found
 
     def read(self, path: str, settings: Settings) -> bytes:
-        """One picture's file. InvalidImage: it is no regular file, or larger than any picture of the allowed pixels;
-        OSError: it is gone, or cannot be had now."""
+        """Read one picture's file. InvalidImage: it is no regular file, or larger than a picture of the allowed pixels.
+        OSError: it is gone, or cannot be read now."""
         if not self.scheme:
             Path(path).stat()
             return read_image(Path(path), settings)
@@ -54,14 +53,14 @@ class Pictures:
             return bytes(file.read())
 
     def _objects(self) -> Iterator[str]:
-        """All objects below the prefix whose name ends like a picture's: none is read for this."""
+        """Return all objects below the prefix with a picture's file ending, without reading them."""
         found = self.files.get_file_info(self.root)
         below = [found] if found.is_file else self.files.get_file_info(_everything_below(self.root))
         yield from (self.scheme + each.path for each in below if each.is_file and _ends_like_one(each.path))
 
 
 def open_store(place: str) -> tuple[fs.FileSystem, str]:
-    """Find the file system of a path or URI, and the path in it. ValueError, OSError: there is none such."""
+    """Find the file system of a path or URI, and the path in it. ValueError, OSError: there is none."""
     if "://" in place:
         files, root = fs.FileSystem.from_uri(place)
         return files, root
@@ -73,7 +72,7 @@ def is_local(files: fs.FileSystem) -> bool:
 
 
 def shown(path: str) -> str:
-    """Make text of a path that every table holds."""
+    """Make text of a path that any table can hold."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -86,7 +85,7 @@ def _ends_like_one(path: str) -> bool:
 
 
 def _local(root: Path) -> Iterator[str]:
-    """OSError: a folder cannot be looked into."""
+    """Yield the pictures of a local folder, or the file itself. OSError: a folder cannot be read."""
     if not root.is_dir():
         yield from [str(root)] if root.exists() else []
         return

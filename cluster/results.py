@@ -1,8 +1,8 @@
 """The results of a batch job: a folder of Parquet files, on this machine or in an object store.
 
-`part-*.parquet` hold the rows, `_recipe.json` what they are made with. The rows are the checkpoint: a picture that has
-one is done. One process writes, and each file appears whole or not at all, so a job may be killed at any moment, and
-no picture has two rows.
+`part-*.parquet` hold the rows, and `_recipe.json` the model and options that made them. The rows are the checkpoint: a
+picture with a row is done. One process writes, and each file appears whole or not at all. So a job may be killed at any
+moment, and no picture has two rows.
 """
 
 import fcntl
@@ -38,31 +38,31 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Width, height and boxes in pixels of the upright picture, as `POST /detect` gives them; best score first. A picture
-that cannot be decoded has an `error`, no detections, and no size."""
+"""Schema of the rows. Width, height and boxes are in pixels of the upright picture, as in `POST /detect`; best score
+first. A picture that cannot be decoded has an `error`, no detections, and no size."""
 RECIPE = "_recipe.json"
 ROWS_AT_ONCE = 1000
-"""Rows that are turned into Python's objects together."""
+"""Rows that become Python objects at once."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The rows below DEST."""
+    """The rows in the folder DEST."""
 
     files: fs.FileSystem
     folder: str
 
     @classmethod
     def at(cls, place: str) -> Self:
-        """Open DEST, which need not be there. ValueError, OSError: there is no such store."""
+        """Open DEST, which need not exist. ValueError, OSError: the store does not exist."""
         return cls(*open_store(place))
 
     @contextmanager
     def taken(self, recipe: Mapping[str, Any]) -> Iterator[None]:
-        """Inside, this process alone adds rows, and all are made with the recipe.
+        """Lock DEST within this context, for rows of this recipe only.
 
-        ValueError: the rows there are made with another, or by something else. OSError: it cannot be written, or
-        another job of this machine writes there.
+        ValueError: its rows have another recipe, or are not ours. OSError: it cannot be written, or another job of this
+        machine writes there.
         """
         with ExitStack() as held:
             self.files.create_dir(self.folder)
@@ -77,12 +77,12 @@ class Results:
             yield
 
     def done(self) -> tuple[set[str], int]:
-        """The paths that have a row, and how many of the rows have an error. All paths are held in memory."""
+        """Return the paths that have a row, and how many rows have an error. All paths are held in memory."""
         rows = self._table(["path", "error"])
         return set(rows["path"].to_pylist()), len(rows) - rows["error"].null_count
 
     def add(self, rows: pa.Table) -> None:
-        """Make a file of the rows, unless there are none."""
+        """Write a file with the rows, if there are any."""
         if len(rows):
             content = pa.BufferOutputStream()
             parquet.write_table(rows, content)
@@ -136,7 +136,8 @@ class Results:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other jobs of this machine out, and sweep away what a killed one was writing. BlockingIOError: one is in."""
+    """Lock out other jobs of this machine, and delete unfinished files of a killed one. BlockingIOError: it is
+    locked."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

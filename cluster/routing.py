@@ -1,7 +1,8 @@
-"""The choice of a replica by Ray's proxies: among those of all nodes.
+"""The router of Ray's proxies: it chooses among the replicas of all nodes.
 
-By default a proxy fills the replicas on its own node up to `max_ongoing_requests` before it looks at others. Ours
-refuse before that, so they would answer 429 while others idle. Imports nothing of the service: it runs in the proxies.
+By default a proxy fills the replicas on its own node up to `max_ongoing_requests` before it considers others. Ours
+refuse before that, so they would answer 429 while others idle. This module imports nothing of the service, because it
+runs in the proxies.
 """
 
 import random
@@ -10,7 +11,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 
 
 class AnyNode(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is not there where types are checked
-    """Offers two replicas at random, of which Ray takes the one with fewer requests."""
+    """A router that offers two random replicas, of which Ray takes the one with fewer requests."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

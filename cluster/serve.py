@@ -1,9 +1,9 @@
 """The service as a Ray Serve application: `serve run cluster.serve:app model=FILE.onnx replicas=2 num_cpus=4`.
 
-Each replica is a whole service: its own line, limits, decoders and problems, and the model file watched as ever. Ray's
-proxies hold the connections, choose a replica, and replace what dies; what is in flight on a replica that dies gets a
-plain-text 500 or no answer. When the `user_config` of the deployment `Detection` changes, whatever it holds, each
-replica opens its model file again, and none restarts.
+Each replica is a whole service, with its own line, limits, decoders and problems; it watches its model file as without
+Ray. Ray's proxies hold the connections and choose a replica, and Ray replaces replicas that die. Requests in flight on
+a replica that dies get a plain-text 500 or no answer. When the `user_config` of the deployment `Detection` changes to
+any other value, each replica opens its model file again, and none restarts.
 """
 
 import asyncio
@@ -29,19 +29,19 @@ RAYS_OWN = {
     "host", "port", "keep_alive_seconds", "write_timeout_seconds", "drain_delay_seconds", "root_path", "ssl_certfile",
     "ssl_keyfile",
 }  # fmt: skip
-"""Settings of what Ray's proxies do here: they hold the connections."""
+"""Settings that do not apply, because Ray's proxies hold the connections."""
 USES_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-"""HAProxy chooses the replicas, and Ray refuses a router beside it."""
+"""True: HAProxy chooses the replicas, and Ray refuses a router of ours."""
 HEALTH_CHECK_SECONDS = 5
 SPARE_SECONDS = 5
-"""For sending the answers, once what is in flight has ended by itself."""
+"""Time for sending the answers, after the requests in flight have ended."""
 
 
 class Arguments(Settings):
-    """Arguments of the application: every setting of the service but `RAYS_OWN`, and what a replica takes of its node.
+    """Arguments of the application: the settings of the service without `RAYS_OWN`, and each replica's resources.
 
-    They come from Ray alone. The environment is not read: it differs from node to node. ValidationError names what is
-    unknown or wrong.
+    They come from Ray alone. Environment variables are ignored, because they differ from node to node. ValidationError
+    names unknown or wrong arguments.
     """
 
     model_config = SettingsConfigDict(hide_input_in_errors=True)  # it may be a key, and Ray logs them
@@ -76,7 +76,7 @@ class Arguments(Settings):
         return self
 
     def of_a_replica(self) -> "Arguments":
-        """Return the settings with which a replica takes no more than Ray sets aside for it."""
+        """Return the settings with which a replica takes no more than its resources in Ray."""
         cores = max(1, int(self.num_cpus))
         device = "cuda" if self.num_gpus else "cpu"
         given = self.model_dump(exclude_unset=True, exclude={"device"})
@@ -84,7 +84,7 @@ class Arguments(Settings):
 
 
 def app(arguments: Arguments) -> Any:
-    """Build the application: `serve run`, `serve deploy` and KubeRay call it with what they were given."""
+    """Build the application: `serve run`, `serve deploy` and KubeRay call this with their arguments."""
     deployment = Detection.options(  # type: ignore[attr-defined]  # the decorator made a Deployment of it
         num_replicas=arguments.replicas,
         # The line refuses before Ray's queues begin to fill; those are bounded too.
@@ -108,10 +108,11 @@ def app(arguments: Arguments) -> Any:
 )
 @serve.ingress()
 class Detection:
-    """One replica."""
+    """A replica of the service."""
 
     async def __init__(self, given: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Serve with these `Arguments`, checked again where the model file is. RuntimeError: it cannot be loaded."""
+        """Serve with these `Arguments`, which are checked again on the replica's node. RuntimeError: the model cannot
+        be loaded."""
         settings = Arguments.model_validate(given).of_a_replica()
         start_logging(settings.log_format, settings.log_level)
         self._user_config: object = None
@@ -123,7 +124,7 @@ class Detection:
             raise RuntimeError(reason)
 
     async def _load(self) -> str | None:
-        """Start to load and to watch the model file; the reason why it cannot be loaded."""
+        """Start to load and watch the model file; return the reason if it cannot be loaded."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[str | None] = loop.create_future()
 
@@ -137,20 +138,21 @@ class Detection:
         return BehindRay(create_app(self._service))
 
     async def reconfigure(self, user_config: object) -> None:
-        """Open the model file again, unless it is not this that changed. A bad file leaves the old one serving."""
+        """Open the model file again, if `user_config` has changed. A bad file leaves the old model serving."""
         if self._user_config is not None and self._user_config != user_config:
             self._service.store.ask_reload()
         self._user_config = user_config
 
     async def check_health(self) -> None:
-        """Raise RuntimeError to be replaced. Called every `HEALTH_CHECK_SECONDS`, so the figures are handed on here."""
+        """Raise RuntimeError to be replaced. Ray calls this every `HEALTH_CHECK_SECONDS`; it also reports the
+        metrics."""
         self._figures.report()
         if (reason := self._service.why_not_alive()) is not None:
             raise RuntimeError(reason)
 
 
 class BehindRay:
-    """Leaves out X-Request-ID: Ray answers it, with the id that it gave the request, which is ours too."""
+    """Removes the header X-Request-ID: Ray adds it, with the id that it gave the request and the service uses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

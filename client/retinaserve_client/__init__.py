@@ -1,5 +1,4 @@
-"""The Python client of retinaserve: pictures in, boxes out, with the retries that an overloaded or restarting service
-asks for.
+"""The Python client of retinaserve: pictures in, boxes out. It retries when the service is overloaded or restarts.
 
 with Client("http://127.0.0.1:8000") as client:
     for detection in client.detect("photo.jpg", score_threshold=0.5):

@@ -1,6 +1,6 @@
 """The service's answers as frozen values. Boxes are xyxy in pixels of the upright picture.
 
-Names are those of the service's JSON. What a newer service adds is left out.
+Names are those of the service's JSON. Members that a newer service adds are ignored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class ModelName:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds that the service took, by stage; the stages sum to the total."""
+    """Milliseconds of the service, by stage; the stages sum to the total."""
 
     read: float
     decode: float
@@ -71,7 +71,7 @@ class Answer:
         return iter(self.detections)
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """COCO results: `bbox` is x, y, width, height in pixels, `category_id` the model's `class_id`."""
+        """Make COCO results: `bbox` is x, y, width, height in pixels, `category_id` the model's `class_id`."""
         return [
             {
                 "image_id": image_id,
@@ -84,7 +84,7 @@ class Answer:
         ]
 
     def to_supervision(self) -> "supervision.Detections":
-        """The `Detections` of supervision, with `class_name` in its data. ImportError: supervision is not installed."""
+        """Make supervision's `Detections`, with `class_name` in its data. ImportError: supervision is not installed."""
         import numpy as np
         import supervision
 
@@ -104,7 +104,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Defaults where a call says nothing."""
+    """The service's defaults for options that a call leaves out."""
 
     score_threshold: float
     nms_threshold: float
@@ -124,16 +124,16 @@ class Model:
     device_requested: str
     provider: str
     fell_back: bool
-    """A GPU was wanted and the CPU computes."""
+    """True: a GPU was wanted and the CPU computes."""
     data_set: str
     ap: float | None = None
-    """COCO AP@[.50:.95] on the validation split, if known."""
+    """COCO AP@[0.50:0.95] on the validation split, if known."""
     suggested_score_threshold: float | None = None
     """The threshold of the best F1 on the validation split, if known."""
 
 
 def answer_of(json: Json) -> Answer:
-    """Read an answer of `POST /detect`. KeyError, TypeError: it is none."""
+    """Read an answer of `POST /detect`. KeyError, TypeError: it is not one."""
     return Answer(
         tuple(_detection(each) for each in json["detections"]),
         _value(ImageSize, json["image"]),
@@ -144,7 +144,7 @@ def answer_of(json: Json) -> Answer:
 
 
 def model_of(json: Json) -> Model:
-    """Read an answer of `GET /model`. KeyError, TypeError: it is none."""
+    """Read an answer of `GET /model`. KeyError, TypeError: it is not one."""
     labels = tuple(_value(Label, each) for each in json["labels"])
     return _value(Model, {**json, "labels": labels, "defaults": _value(Defaults, json["defaults"])})
 

@@ -32,7 +32,7 @@ from retinaserve_client.retries import Outcome, Retries, Send
 
 
 class AsyncClient:
-    """A service and its connections, for one event loop; an asynchronous context manager. The rest is `Client`'s."""
+    """A service and its connections, for one event loop; an asynchronous context manager. Arguments are `Client`'s."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Requests of each method, and how its answer is read: the same for both clients."""
+"""The request of each method and the reading of its answer, for both clients."""
 
 import uuid
 from collections.abc import Callable, Iterable
@@ -12,26 +12,26 @@ from retinaserve_client.errors import error_of, unexpected
 from retinaserve_client.retries import NEVER_SENT, Outcome
 
 AHEAD = 4
-"""Pictures taken ahead of the answer that is due, as a multiple of the concurrency: a slow one holds up no others."""
+"""Pictures sent ahead of the next answer to give, in multiples of the concurrency: a slow picture delays no others."""
 Query = tuple[tuple[str, str], ...]
 Result = TypeVar("Result")
 
 
 class Options(TypedDict, total=False):
-    """Options of a detection; None, or nothing, leaves it to the service."""
+    """Options of a detection; for None, or a missing one, the service's default holds."""
 
     score_threshold: float | None
-    """Keep detections that score more, in [0, 1]."""
+    """Keep detections with a higher score, in [0, 1]."""
     nms_threshold: float | None
-    """IoU above which of two boxes of one class the lower scoring one is dropped, in [0, 1]."""
+    """Of two boxes of one class with a larger IoU, drop the one with the lower score, in [0, 1]."""
     max_detections: int | None
-    """Keep the best, 1…5000."""
+    """Keep at most this many detections, the best, 1…5000."""
     labels: Iterable[str] | str | None
-    """Keep these alone."""
+    """Keep only these labels."""
     tile: int | None
-    """Look at windows of so many pixels too, for small objects in large pictures."""
+    """Detect in windows of this side too, pixels, for small objects in large pictures."""
     overlap: float | None
-    """Share of a window that the next one covers too."""
+    """Share of a window that its neighbour has too, in [0, 0.9]."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Call(Generic[Result]):
         )
 
     def result(self, response: httpx.Response) -> Result:
-        """Read the answer. DetectError: it is not the service's."""
+        """Read the answer. DetectError: it is not from the service."""
         try:
             return self.read(response)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -76,7 +76,7 @@ def ready_call() -> Call[object]:
 
 
 def is_ready(outcome: Outcome, request_id: str) -> bool:
-    """Tell whether that answer of `ready_call` is yes. DetectError: it is neither yes nor no."""
+    """Tell whether an answer to `ready_call` is yes. DetectError: it is neither yes nor no."""
     if isinstance(outcome, httpx.TransportError) and not isinstance(outcome, NEVER_SENT):
         return False
     if isinstance(outcome, httpx.Response) and outcome.status_code in (200, 502, 503):
@@ -85,7 +85,7 @@ def is_ready(outcome: Outcome, request_id: str) -> bool:
 
 
 def check_concurrency(concurrency: int) -> None:
-    """ValueError: no request can be under way."""
+    """Raise ValueError for a concurrency below 1."""
     if concurrency < 1:
         raise ValueError(f"concurrency is at least 1, not {concurrency}")
 
@@ -99,7 +99,7 @@ def query_of(
     tile: int | None = None,
     overlap: float | None = None,
 ) -> Query:
-    """The query of a detection: what is None is not sent."""
+    """Make the query of a detection; values of None are not sent."""
     given = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,

@@ -1,4 +1,4 @@
-"""`DetectError`, and how an answer or its absence becomes one."""
+"""`DetectError`, made of an answer or of its absence."""
 
 import httpx
 
@@ -8,10 +8,10 @@ SHOWN_CHARACTERS = 200
 
 
 class DetectError(Exception):
-    """The service refused or failed, or was not reached. Decide by `code`, which stays the same over versions.
+    """The service refused, failed, or was not reached. Decide by `code`, which stays the same over versions.
 
-    `code` is the service's own (docs/http-api.md), `connection_lost` where no answer came, `unexpected_answer` where
-    one came that is not the service's. `status` is None where no answer came. `request_id` stands in the service's log.
+    `code` is the service's own (docs/http-api.md), `connection_lost` if no answer came, or `unexpected_answer` if an
+    answer was not from the service. `status` is None if no answer came. `request_id` is also in the service's log.
     """
 
     def __init__(self, code: str, status: int | None, detail: str, request_id: str | None) -> None:
@@ -27,7 +27,7 @@ class DetectError(Exception):
 
 
 def error_of(outcome: httpx.Response | httpx.TransportError, request_id: str) -> DetectError:
-    """The error that an answer other than 2xx is, or what came instead of an answer."""
+    """Make the error of an answer other than 2xx, or of an exception instead of an answer."""
     if isinstance(outcome, httpx.TransportError):
         return DetectError(CONNECTION_LOST, None, f"{type(outcome).__name__}: {outcome}", request_id)
     try:
@@ -40,7 +40,7 @@ def error_of(outcome: httpx.Response | httpx.TransportError, request_id: str) ->
 
 
 def unexpected(response: httpx.Response, request_id: str) -> DetectError:
-    """The error of an answer that is not the service's."""
+    """Make the error of an answer that is not from the service."""
     came = f"it leads to {response.headers['location']}" if response.has_redirect_location else response.text
     detail = came[:SHOWN_CHARACTERS] or response.reason_phrase
     return DetectError(UNEXPECTED_ANSWER, response.status_code, detail, request_id)

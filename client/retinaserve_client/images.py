@@ -1,7 +1,7 @@
-"""A picture in any of the forms that people hold it in → the bytes that are sent.
+"""The bytes that are sent for a picture in any supported form.
 
-A file's bytes go as they are. Pixels go as PNG, which loses nothing; the service then sees what you see, so boxes are
-in pixels of your array or Pillow image, whatever its EXIF orientation says.
+A file's bytes are sent as they are. Pixels are sent as PNG, which is lossless. Boxes are then in pixels of your array
+or Pillow image, whatever its EXIF orientation is.
 """
 
 import os
@@ -33,7 +33,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def encode(image: Image) -> bytes:
-    """The bytes of an image file. OSError: it cannot be read. TypeError, ValueError: it is no image."""
+    """Return the bytes of an image file. OSError: it cannot be read. TypeError, ValueError: it is not an image."""
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes()
     if isinstance(image, bytes | bytearray | memoryview):
@@ -60,7 +60,7 @@ def _png_of_array(array: RgbArray) -> bytes:
 
 
 def png(width: int, height: int, rgb: bytes) -> bytes:
-    """A PNG of 8-bit RGB pixels in rows, quickly compressed (RFC 2083)."""
+    """Encode rows of 8-bit RGB pixels as PNG, quickly compressed (RFC 2083)."""
     row = 3 * width
     rows = b"".join(b"\0" + rgb[start : start + row] for start in range(0, height * row, row))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""A progress bar where tqdm is installed and a terminal reads, and nothing where not."""
+"""A progress bar, if tqdm is installed and standard error is a terminal."""
 
 from collections.abc import Iterable, Sized
 from typing import Protocol

@@ -1,7 +1,8 @@
-"""When a call is sent, how long it waits, and when it is given up: one generator, which both clients drive.
+"""The attempts and pauses of a call: one generator, which both clients drive.
 
-It yields what to do next, `Send` or `Pause`, and is sent what became of a `Send`: a response, or the error instead.
-A detection changes nothing, so what was lost on the way is sent again. Nothing else is but what the service asks for.
+It yields the next step, `Send` or `Pause`, and receives the result of a `Send`: a response, or an error. A detection
+changes nothing on the service, so a lost request is sent again. Otherwise a request is repeated only if the service
+asks for it.
 """
 
 import random
@@ -17,11 +18,11 @@ from retinaserve_client.errors import error_of
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
 MORE = 0.25
-"""A pause is longer by up to this share, so that clients refused together do not come back together."""
+"""Largest random share added to a pause, so that clients that were refused together do not return together."""
 
 Outcome = httpx.Response | httpx.TransportError
 NEVER_SENT = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
-"""Errors of the call itself: the next time they would be the same."""
+"""Errors of the call itself, which would be the same the next time."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Retries:
     total_timeout: float
     """Seconds for all attempts and the pauses between them."""
     attempts: int
-    """The first one counts."""
+    """Number of attempts, the first one included."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.timeout <= 0 or self.total_timeout <= 0:
             raise ValueError(f"at least one attempt within more than 0 seconds, not {self}")
 
     def steps(self, request_id: str, clock: Callable[[], float] = time.monotonic) -> Steps:
-        """The steps of one call; returns its 2xx. DetectError: what became of the last attempt."""
+        """Yield the steps of one call; return its 2xx answer. DetectError: the last attempt failed."""
         end = clock() + self.total_timeout
         attempt = 0
         while True:
@@ -67,7 +68,7 @@ class Retries:
 
 
 def seconds_before_repeating(outcome: Outcome, attempt: int) -> float | None:
-    """None: it is not repeated. 429 and 503 say how long; what was lost waits longer each time."""
+    """Return the pause before the next attempt; None: there is none. 429 and 503 name it; after losses it grows."""
     if isinstance(outcome, NEVER_SENT):
         return None
     told = None
@@ -81,13 +82,13 @@ def seconds_before_repeating(outcome: Outcome, attempt: int) -> float | None:
 
 
 def was_lost(response: httpx.Response) -> bool:
-    """Tell whether a proxy answers that it lost the replica: 502, or the plain-text 500 of Ray Serve."""
+    """Tell whether a proxy reports a lost replica: 502, or the plain-text 500 of Ray Serve."""
     is_plain = response.headers.get("content-type", "").startswith("text/plain")
     return response.status_code == 502 or (response.status_code == 500 and is_plain)
 
 
 def retry_after_seconds(response: httpx.Response) -> float | None:
-    """Read what `Retry-After` says, in seconds or as a date; None: it says nothing that is understood."""
+    """Read `Retry-After`, in seconds or as a date; None: it is missing or malformed."""
     text = response.headers.get("retry-after", "")
     try:
         return max(0.0, float(text))

@@ -1,4 +1,4 @@
-"""`Client`: one call after the other, or many at once on threads."""
+"""`Client`: single calls, or many at once on threads."""
 
 import time
 from collections import deque
@@ -35,8 +35,8 @@ from retinaserve_client.retries import Outcome, Retries, Send
 class Client:
     """A service and its connections, for any number of threads; a context manager.
 
-    `timeout` is for one attempt, `total_timeout` for all attempts of a call and the pauses between them, in seconds.
-    `attempts` counts the first. `transport` is httpx's, for TLS of your own (`httpx.HTTPTransport(verify=…)`).
+    `timeout` is for one attempt, and `total_timeout` for all attempts of a call with the pauses, in seconds. `attempts`
+    includes the first. `transport` is httpx's, for your own TLS settings (`httpx.HTTPTransport(verify=…)`).
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Client:
         tile: int | None = None,
         overlap: float | None = None,
     ) -> Answer:
-        """Detect objects in a picture, see `Options`. DetectError. OSError, TypeError, ValueError: it is no picture."""
+        """Detect objects in a picture, see `Options`. DetectError. OSError, TypeError, ValueError: it is not a
+        picture."""
         query = query_of(
             score_threshold=score_threshold,
             nms_threshold=nms_threshold,
@@ -95,8 +96,8 @@ class Client:
     ) -> Iterator[Answer | Exception]:
         """Give each picture's answer, in order, or the exception that `detect` would have raised for it.
 
-        `concurrency` requests are under way; pictures are taken when they are needed. A progress bar is drawn on a
-        terminal where tqdm is installed.
+        `concurrency` requests are under way; pictures are taken when they are needed. With tqdm, a terminal shows a
+        progress bar.
         """
         query = query_of(**options)
         check_concurrency(concurrency)
@@ -107,11 +108,11 @@ class Client:
         return self._call(draw_call(query_of(**options)), encode(image))
 
     def model(self) -> Model:
-        """Tell what serves. DetectError."""
+        """Return the model that serves. DetectError."""
         return self._call(model_call())
 
     def ready(self) -> bool:
-        """Tell whether the service takes pictures now, in one attempt. DetectError: what answers is not the service."""
+        """Tell whether the service accepts pictures now, in one attempt. DetectError: another server answers."""
         call = ready_call()
         return is_ready(self._send(call, b"", self._retries.timeout), call.request_id)
 

@@ -134,7 +134,7 @@ class Structure:
         return any(segment.marker in SEQUENTIAL for segment in self.segments)
 
     def _last_transform(self) -> int:
-        """Return Adobe's transform: 0 none, 1 YCbCr, 2 YCCK. libjpeg treats an unknown one as the last that fits."""
+        """Return the transform that libjpeg assumes for an unknown one: 1 is YCbCr, 2 is YCCK for four components."""
         return 2 if self.frame()[5] == 4 else 1
 
     def lacks_scans(self) -> bool:
