@@ -1,1 +1,2 @@
-"""From a COCO-format data set to a RetinaNet checkpoint, its AP, and the ONNX file that the service loads."""
+"""Training: makes a RetinaNet checkpoint of a COCO-format data set, its AP, and the ONNX file that the service
+loads."""

@@ -1,7 +1,7 @@
 """`python -m training`: demo | anchors | train | evaluate | import | export | ablations.
 
-Errors that a user can mend are one line on stderr and exit code 2. A training that SIGTERM ends writes its checkpoint
-and exits with 143.
+Errors that a user can fix print one line on stderr and exit with code 2. A training that SIGTERM ends writes its
+checkpoint and exits with 143.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def ablations(options: argparse.Namespace) -> None:
 
 
 def current_commit() -> str:
-    """The commit of the working tree, with a + where it has changes; empty outside a repository."""
+    """Return the commit of the working tree, with a + if it has changes; empty outside a repository."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
         cwd=Path(__file__).parent,

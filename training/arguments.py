@@ -1,4 +1,4 @@
-"""The command lines of `python -m training`: which flags each command takes."""
+"""The command lines of `python -m training`: the flags of each command."""
 
 import argparse
 from pathlib import Path

@@ -1,8 +1,7 @@
 """Checkpoints: a dict that `torch.load(weights_only=True)` reads, written to a temporary name and renamed.
 
-Keys: `model` (state dict on torchvision's names), `ema` (the averaged weights, or None), `config`, `labels`,
-`step`, `ap`, `data_set`, and `optimiser` with what resuming needs. Evaluation and export use `ema` where there is
-one.
+Keys: `model` (state dict on torchvision's names), `ema` (the averaged weights, or None), `config`, `labels`, `step`,
+`ap`, `data_set`, and what resuming needs (`optimiser` and others). Evaluation and export use `ema` if there is one.
 """
 
 import logging
@@ -27,11 +26,11 @@ FORMAT = "retinaserve checkpoint 1"
 
 
 class InvalidCheckpoint(ValueError):
-    """The file is not a checkpoint of ours, or does not fit what is asked of it."""
+    """The file is not a checkpoint of ours, or does not fit its use."""
 
 
 class CheckpointNotWritten(OSError):
-    """The disk is full, or the folder cannot be written to; an older file of that name is as it was."""
+    """The disk is full, or the folder cannot be written; an older file of that name is unchanged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +42,12 @@ class Checkpoint:
     step: int = 0
     ap: float | None = None
     suggested_score_threshold: float | None = None
-    """The threshold of the best F1, where AP is known."""
+    """Score threshold of the best F1, if AP is known."""
     data_set: str = ""
     training: Mapping[str, str] | None = None
-    """The making of it, for people: command, seconds, commit."""
+    """Provenance, for readers: command, seconds, commit."""
     resume: Mapping[str, Any] | None = None
-    """The rest that going on needs: the optimiser's state, among others."""
+    """The state that resuming needs: the optimiser's and others."""
 
     @property
     def best_weights(self) -> Mapping[str, Tensor]:
@@ -56,7 +55,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
-    """Write the file or leave the old one as it was. CheckpointNotWritten: the disk is full, say."""
+    """Write the file, or leave the old one unchanged. CheckpointNotWritten: the disk is full, for instance."""
     content = {
         "format": FORMAT,
         "config": to_dict(checkpoint.config),
@@ -81,7 +80,7 @@ def save_checkpoint(checkpoint: Checkpoint, file: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The system's own words: torch's writer answers a full disk with an error of its own, raised on the way out."""
+    """Return the system's message: torch's writer hides a full disk behind an error of its own."""
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__) is not None:
         error = before
     return str(error)
@@ -117,7 +116,7 @@ def load_checkpoint(file: Path) -> Checkpoint:
 
 
 def build_detector(checkpoint: Checkpoint) -> CandidateDetector:
-    """The network with the checkpoint's best weights, ready for evaluation or export."""
+    """Make the network with the checkpoint's best weights, for evaluation or export."""
     network = RetinaNet(checkpoint.config.model, len(checkpoint.labels))
     try:
         network.load_state_dict(dict(checkpoint.best_weights), strict=True)
@@ -128,7 +127,7 @@ def build_detector(checkpoint: Checkpoint) -> CandidateDetector:
 
 
 def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMetadata:
-    """Say what an exported file carries of it. InvalidModel: something that no file may."""
+    """Make the metadata of an exported file. InvalidModel: a value that no file may carry."""
     weights = "trained weights" if checkpoint.ema is None else "moving average of the weights"
     return ModelMetadata(
         name=name,
@@ -148,7 +147,7 @@ def describe(checkpoint: Checkpoint, name: str, precision: Precision) -> ModelMe
 
 
 def refuse_full_disk(num_bytes: int, out: Path) -> None:
-    """CheckpointNotWritten: the folder's disk has no room for last.pt, best.pt and the one that is being written."""
+    """Raise CheckpointNotWritten if the disk has no room for last.pt, best.pt and the file being written."""
     missing = 3 - sum((out / name).exists() for name in ("last.pt", "best.pt"))
     free = shutil.disk_usage(out).free
     if free < missing * num_bytes:

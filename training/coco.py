@@ -3,10 +3,10 @@
 DIR holds `annotations/instances_{train,val}.json` with `images/{train,val}/`, or COCO's own layout
 (`annotations/instances_{train,val}2017.json` with `{train,val}2017/`).
 
-A class's column is its place in the list of the data set's category ids, sorted; ids may have gaps. Training takes
-each picture's `target`, evaluation its `truth`: two forms of one reading (`training/annotations`). Boxes that lie
-outside the picture or have no area are dropped and counted; crowds are kept apart, to be ignored. A class-agnostic data
-set is the same with every object of one class.
+A class's column is its index in the sorted list of the data set's category ids, which may have gaps. Training uses each
+picture's `target` and evaluation its `truth`: two forms of one reading (`training/annotations`). Boxes outside the
+picture or without area are dropped and counted. Crowds become ignored regions. In a class-agnostic data set every
+object has the same class.
 """
 
 import hashlib
@@ -29,27 +29,27 @@ from training.annotations.file import AnnotatedImage, read_annotations
 __all__ = ["OBJECT", "CocoDataSet", "InvalidDataSet", "Picture", "Split", "Target", "load_coco", "without_classes"]
 Split = Literal["train", "val"]
 OBJECT = Label(1, "object")
-"""The one label of a class-agnostic data set."""
+"""The label of a class-agnostic data set."""
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The truth about one picture."""
+    """The objects and ignored regions of one picture."""
 
     boxes: NDArray[np.float32]
-    """[objects, 4] xyxy, pixels of the picture it goes with."""
+    """[objects, 4] xyxy, pixels of the picture."""
     columns: NDArray[np.int64]
-    """[objects] the network's column of each object's class."""
+    """[objects] column of each object's class in the network."""
     ignored: NDArray[np.float32]
-    """[regions, 4] xyxy; what is found there counts neither for nor against."""
+    """[regions, 4] xyxy; detections there do not count."""
 
     def scaled(self, scale_x: float, scale_y: float) -> "Target":
-        """The truth about the same picture at another size."""
+        """Scale the target to another size of the picture."""
         factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
         return Target(self.boxes * factors, self.columns, self.ignored * factors)
 
     def on_canvas(self, size: tuple[int, int], resize: ResizePolicy) -> "Target":
-        """The truth in canvas pixels, for a picture of `size` (height, width) as evaluation and service resize it."""
+        """Convert to canvas pixels, for a picture of `size` (height, width), resized as in evaluation and service."""
         height, width = resized_size(*size, resize)
         return self.scaled(width / size[1], height / size[0])
 
@@ -59,12 +59,12 @@ class Picture:
     image_id: int
     file: Path
     size: tuple[int, int]
-    """(height, width)"""
+    """Size (height, width), pixels."""
     truth: Truth
 
     @property
     def target(self) -> Target:
-        """The truth as training takes it."""
+        """The truth in the form that training uses."""
         boxes = self.truth.boxes.copy()
         boxes[:, 2:] += boxes[:, :2]
         xyxy, objects = boxes.astype(np.float32), ~self.truth.crowds
@@ -79,14 +79,14 @@ class CocoDataSet:
     pictures: Sequence[Picture]
     counts: BoxCounts
     class_agnostic: bool = False
-    """Every object is an OBJECT; the annotation file keeps its categories."""
+    """True: every object is an OBJECT; the annotation file keeps its categories."""
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     @property
     def summary(self) -> str:
-        """Numbers of pictures and objects, and a hash of all that a run sees of it; the pixels are not looked at."""
+        """Numbers of pictures and objects, and a hash of all annotations that a run uses; pixels are not hashed."""
         content = hashlib.sha256(repr(self.labels).encode())
         for picture in self.pictures:
             content.update(repr((picture.image_id, picture.file.name, picture.size)).encode())
@@ -96,7 +96,7 @@ class CocoDataSet:
         return f"{len(self)} pictures, {objects} objects, {content.hexdigest()[:12]}"
 
     def read(self, index: int) -> Pixels:
-        """The upright RGB picture. InvalidDataSet: it cannot be read, or its size is not the annotated one."""
+        """Read an upright RGB picture. InvalidDataSet: it cannot be read, or its size is not the annotated one."""
         picture = self.pictures[index]
         try:
             pixels = decode_image(picture.file.read_bytes())
@@ -123,7 +123,7 @@ def load_coco(folder: Path, split: Split, *, class_agnostic: bool = False) -> Co
 
 
 def without_classes(data_set: CocoDataSet) -> CocoDataSet:
-    """The same pictures, with every object an OBJECT."""
+    """Copy the data set with every object an OBJECT."""
     pictures = [replace(picture, truth=of_one_class(picture.truth)) for picture in data_set.pictures]
     return replace(data_set, labels=(OBJECT,), pictures=pictures, class_agnostic=True)
 
@@ -140,7 +140,7 @@ def _layout(folder: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _inside(annotation_file: Path, image_folder: Path, image: AnnotatedImage) -> Path:
-    """The file, which a link may have elsewhere, but no annotation. InvalidDataSet: its path leaves the data set."""
+    """Return the file's path; symbolic links may lead out. InvalidDataSet: the path itself leaves the data set."""
     folder, file = annotation_file.parent.parent, image_folder / image.file_name
     if not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder)):
         raise InvalidDataSet(f"{annotation_file}: image {image.image_id}: {str(file)!r} is outside {folder}")

@@ -1,8 +1,7 @@
 """The samples of each step, and their loading by worker processes.
 
-The order of pictures and the randomness of a sample depend only on (seed, epoch, index): a run that was stopped and
-resumed sees the same samples as one that was not, with any number of workers; and the ranks of a run share those that
-one process would see.
+The order of pictures and the randomness of a sample depend only on (seed, epoch, index). So a resumed run sees the same
+samples as an uninterrupted one, with any number of workers, and the ranks of a run divide the samples of one process.
 """
 
 import logging
@@ -41,13 +40,13 @@ class TrainingSamples:
         self.data_set, self.config, self.resize, self.seed = data_set, config, resize, seed
 
     def batch(self, keys: Sequence[SampleKey]) -> Batch:
-        """Make the samples of a step, or of this rank's share, into a batch. For worker processes."""
+        """Make a batch of the samples of a step, or of this rank's share. For worker processes."""
         if multiprocessing.parent_process():  # the workers share the cores among them
             cv2.setNumThreads(1)
         return collate([self[key] for key in keys], self.resize.divisor)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """The picture of that index, or the next one that can be read, with what was wrong with those before it."""
+        """Return the picture of this index, or the next readable one with the faults of those before it."""
         rng = np.random.default_rng([SAMPLE, self.seed, key.epoch, key.index])
         return augment(self._read(key.index), self.config, self.resize, rng, key.crop_size)
 
@@ -67,10 +66,10 @@ class TrainingSamples:
 def schedule(
     sizes: Sequence[tuple[int, int]], config: AugmentConfig, num_images: int, seed: int, *, group_by_aspect: bool
 ) -> Iterator[list[SampleKey]]:
-    """Yield the keys of each step's samples, without end: shuffled epochs cut into steps, across epoch borders.
+    """Yield the keys of each step's samples, endlessly: shuffled epochs cut into steps, across epoch borders.
 
-    sizes       (height, width) of every picture; with `group_by_aspect` they decide whose step it is
-    num_images  of a step, where crops have no batch sizes of their own
+    sizes       (height, width) of every picture, by which `group_by_aspect` forms the steps
+    num_images  images of a step, if crops have no batch sizes of their own
     """
     rng = np.random.default_rng([CROP, seed])
     groups = [int(group_by_aspect and height > width) for height, width in sizes]
@@ -92,7 +91,7 @@ def schedule(
 
 
 def sampling_seed(seed: int, step: int) -> int:
-    """Derive the seed of the anchors that are drawn in a step, where the losses draw some."""
+    """Derive the seed of a step's sampled anchors."""
     return int(np.random.default_rng([ANCHORS, seed, step]).integers(2**63))
 
 
@@ -107,8 +106,8 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Yield this rank's share of the batches of steps first_step … config.steps - 1. Skipped pictures are logged.
 
-    InvalidDataSet, where the batch comes up: a picture cannot be read and `unreadable` is not skip.
-    WorkerLost: a worker process died, cannot allocate memory or hangs.
+    InvalidDataSet, at the batch of the picture: it cannot be read, and `unreadable` is not skip.
+    WorkerLost: a worker process died, cannot allocate memory, or hangs.
     ValueError: a step has too few images for the ranks and the parts.
     """
     smallest = min(config.augment.crop_batch_sizes or (config.batch_size,))
@@ -135,7 +134,7 @@ def load_batches(
 
 
 def _pinned(device: int, batch: Batch) -> Batch:
-    """Lay a batch where a GPU's copies do not wait; `device` is the process's, for this runs on a thread of its own."""
+    """Move a batch to pinned memory, for asynchronous copies to `device`. Runs on a thread of its own."""
     torch.cuda.set_device(device)
     return batch.pin_memory()
 

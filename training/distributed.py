@@ -1,8 +1,8 @@
 """Several processes that train as one: `torchrun --nproc-per-node N -m training train ...` starts them.
 
-Every process has a rank and computes its share of each step; sums over ranks make the losses, and so the gradients,
-those of the whole step. Rank 0 alone writes. All ranks call the same collectives in the same order; a process that is
-gone ends the others instead of a hang: with `RankLost` on CPUs, by NCCL's watchdog, which aborts them, on GPUs.
+Every process has a rank and computes its share of each step. Sums over ranks make the losses, and so the gradients,
+those of the whole step. Rank 0 alone writes. All ranks call the same collectives in the same order. If a process dies,
+the others end instead of hanging: on CPUs with `RankLost`, on GPUs by NCCL's watchdog, which aborts them.
 """
 
 import os
@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from model.runtime.cores import available_cores
 
 TIMEOUT = timedelta(minutes=10)
-"""Longest wait for another rank: rank 0 computes AP meanwhile, a minute for COCO."""
+"""Longest wait for another rank. Rank 0 may compute AP meanwhile, which takes a minute for COCO."""
 SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
-"""In the messages of torch's collectives, which have no exception class of their own on the CPU."""
+"""Words in the messages of torch's failed collectives, which have no exception class of their own on the CPU."""
 MOST_WORKERS = 16
-"""Each holds two batches in memory."""
+"""Most loading processes by default; each holds two batches in memory."""
 Item = TypeVar("Item")
 
 
@@ -34,29 +34,29 @@ class RankLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. Without torchrun: alone."""
+    """This process's rank among those of the run; the only one without torchrun."""
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    """The device whose tensors the collectives take."""
+    """Device of the tensors that collectives take."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """Every item belongs to one rank; the counts differ by at most one."""
+        """Return this rank's items. Every item belongs to one rank; their numbers differ by at most one."""
         return list(items[self.rank :: self.size])
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all ranks, in place."""
+        """Sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def largest(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The largest (height, width) that covers each rank's."""
+        """Return the smallest (height, width) that covers each rank's."""
         if self.size == 1:
             return size
         sides = torch.tensor(size, device=self.device)
@@ -65,11 +65,11 @@ class Ranks:
         return height, width
 
     def any(self, value: bool) -> bool:
-        """Tell whether it is so on one of the ranks. All wait for one another."""
+        """Tell whether the value is true on any rank. All ranks wait for each other."""
         return bool(self.sum(torch.tensor(int(value), device=self.device)))
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
-        """The items of all ranks, rank by rank, on every rank."""
+        """Return the items of all ranks, in the order of ranks, on every rank."""
         if self.size == 1:
             return list(items)
         gathered: list[Any] = [None] * self.size
@@ -77,7 +77,7 @@ class Ranks:
         return [item for part in gathered for item in part]
 
     def from_first(self, value: Item | None) -> Item:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box)
@@ -89,7 +89,7 @@ ALONE = Ranks()
 
 
 def in_parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
-    """The network with gradients that are the mean over all ranks; the same module where there is one rank."""
+    """Wrap the network so that its gradients are the mean over all ranks; a single rank needs no wrapper."""
     if ranks.size == 1:
         return network
     devices = [torch.device(ranks.device)] if ranks.device.startswith("cuda") else None
@@ -98,14 +98,14 @@ def in_parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
 
 @contextmanager
 def gradients_kept(network: nn.Module, *, apart: bool) -> Iterator[None]:
-    """Inside, backward adds to this rank's gradients, and they meet the other ranks' only if not `apart`."""
+    """Let backward add to this rank's gradients; with `apart`, without averaging over the ranks."""
     with network.no_sync() if apart and isinstance(network, DistributedDataParallel) else nullcontext():
         yield
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, gloo on the CPU and NCCL on GPUs; alone where it started none.
+    """Join the processes that torchrun started, by gloo on CPUs and NCCL on GPUs; without torchrun there is one rank.
 
     RankLost: a collective failed, because another process died or did not answer within TIMEOUT.
     """
@@ -129,13 +129,13 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def loading_processes() -> int:
-    """Return how many load samples for this process by default: its share of the cores, at most MOST_WORKERS."""
+    """Return the default number of loading processes: this process's share of the cores, at most MOST_WORKERS."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(MOST_WORKERS, available_cores() // processes))
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process: torchrun's local rank counts them."""
+    """Return the GPU of this process, by torchrun's local rank."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device

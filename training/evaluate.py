@@ -1,7 +1,6 @@
-"""COCO average precision of a checkpoint or an ONNX file, through the very decode, resize, canvas, NMS and labels that
-serve.
+"""COCO average precision of a checkpoint or an ONNX file, by the code that serves: decode, resize, canvas, NMS, labels.
 
-In: a COCO-format data set and anything that turns canvases into candidates. Out: `ApReport`, pycocotools' figures.
+In: a COCO-format data set and a function from canvases to candidates. Out: `ApReport`, with pycocotools' figures.
 Source of the metric: Lin et al. 2014 (COCO); pycocotools is the reference implementation itself.
 """
 
@@ -30,28 +29,28 @@ from training.evaluation.average_precision import ApReport, Results, average_pre
 
 log = logging.getLogger(__name__)
 FindCandidates = Callable[[Sequence[CanvasImage]], list[Candidates]]
-"""Canvases of one size to the candidates of each, as `model.detector.Detector.run` has it."""
+"""A function from canvases of one size to the candidates of each, such as `model.detector.Detector.run`."""
 OnPicture = Callable[[int, Pixels, Detections], None]
-"""Told of each evaluated picture: its index, its pixels, what was found there."""
+"""A function that is called for each evaluated picture with its index, pixels and detections."""
 OnOutputs = Callable[[LevelOutputs, CanvasImage], None]
-"""Told of what a network answered, and of the canvas that it looked at."""
+"""A function that is called with a network's outputs and their canvas."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Canvases to candidates, with what surrounds it."""
+    """A function from canvases to candidates, with all that makes detections of it."""
 
     run: FindCandidates
     labels: tuple[Label, ...]
     resize: ResizePolicy
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     scales: tuple[int, ...] = ()
-    """Shorter sides, px, of an image pyramid whose candidates go through one NMS; none: the resize policy's own."""
+    """Shorter sides, px, of an image pyramid whose candidates share one NMS; empty: the resize policy's own."""
     tiling: Tiling | None = None
-    """Look at the picture's windows, too."""
+    """Windows in which to detect too; None: none."""
 
     def __call__(self, image: Pixels) -> Detections:
-        """The objects of one upright picture, in its pixels."""
+        """Detect in one upright picture, in its pixels."""
         if self.tiling is not None:
             return detect_in_tiles(image, self.tiling, self.resize, self.run, **asdict(self.detection))
         canvases = [to_canvas(image, scaled(self.resize, scale)) for scale in self.scales or [self.resize.shorter_side]]
@@ -61,13 +60,13 @@ class Predictor:
 
 
 def scaled(resize: ResizePolicy, shorter_side: int) -> ResizePolicy:
-    """The policy at another size, its bound on the longer side in proportion."""
+    """Scale the policy to another shorter side, with its longest side in proportion."""
     longest_side = round(resize.longest_side * shorter_side / resize.shorter_side)
     return replace(resize, shorter_side=shorter_side, longest_side=longest_side)
 
 
 def merged(candidates: Sequence[Candidates], canvases: Sequence[CanvasImage]) -> Candidates:
-    """Join those of one picture's canvases, in the pixels of the first."""
+    """Join the candidates of one picture's canvases, in pixels of the first."""
     height, width = canvases[0].size
     boxes = []
     for found, canvas in zip(candidates, canvases, strict=True):
@@ -81,7 +80,7 @@ def merged(candidates: Sequence[Candidates], canvases: Sequence[CanvasImage]) ->
 
 
 def open_predictor(model: Path, device: Device = "auto") -> Predictor:
-    """A predictor of an .onnx file or of a checkpoint's best weights."""
+    """Make a predictor of an .onnx file or of a checkpoint's best weights."""
     if model.suffix == ".onnx":
         detector = Detector(model, device=device)
         metadata = detector.metadata
@@ -100,7 +99,7 @@ def torch_predictor(
     *,
     on_outputs: OnOutputs | None = None,
 ) -> Predictor:
-    """Predict as the exported file would."""
+    """Make a predictor of a torch module that predicts as the exported file would."""
     return Predictor(torch_run(detector, on_outputs), labels, resize, detection)
 
 
@@ -111,7 +110,7 @@ def choose_device(device: Device) -> torch.device:
 
 
 def torch_run(detector: CandidateDetector, on_outputs: OnOutputs | None = None) -> FindCandidates:
-    """Make of the torch module what `Detector.run` is of a file. `on_outputs`: needs canvases one by one."""
+    """Make a function of the torch module that does as `Detector.run`. `on_outputs` needs canvases one by one."""
     device = next(detector.parameters()).device
 
     def run(canvases: Sequence[CanvasImage]) -> list[Candidates]:
@@ -138,10 +137,10 @@ def evaluate(
     ranks: Ranks = ALONE,
     on_picture: OnPicture | None = None,
 ) -> ApReport:
-    """AP on the first `limit` pictures (0: all), each looked at by one of the ranks; every rank gets the report.
+    """Compute AP on the first `limit` pictures (0: all), divided among the ranks; every rank gets the report.
 
-    InvalidDataSet: it has labels that the model lacks, or a picture cannot be read and `skip_unreadable` is not set;
-    set, such pictures are named and do not count, and one at least has to be left.
+    InvalidDataSet: it has labels that the model lacks, or a picture cannot be read. With `skip_unreadable`, such
+    pictures are named and do not count, but at least one must remain.
     """
     refuse_unknown_labels(predictor.labels, data_set)
     if ranks.is_first:
@@ -174,9 +173,10 @@ def evaluate(
 
 
 def refuse_unknown_labels(labels: Sequence[Label], data_set: CocoDataSet) -> None:
-    """InvalidDataSet: the data set has others. (COCO's imported weights have columns that COCO leaves out.)
+    """Raise InvalidDataSet if the data set has labels that the model lacks. (COCO's weights have columns without
+    labels.)
 
-    Of a class-agnostic data set any model may find the objects; what it calls them does not matter.
+    A class-agnostic data set fits any model, because labels do not count.
     """
     if not data_set.class_agnostic and not set(labels) >= set(data_set.labels):
         raise InvalidDataSet(

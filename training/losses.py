@@ -1,10 +1,10 @@
 """RetinaNet's two losses: focal loss over all anchors and classes, and a box loss over the positive anchors.
 
-Anchors are matched to objects first (`match_batch`), which needs no prediction; so what the losses are divided by
-(`loss_divisors`) is known for the whole step, over all parts and ranks, before the network runs. The divisor counts
-positive anchors (of each image, then averaged; or of the whole step), so the losses' scale does not depend on the
-number of easy background anchors. With `sampled_anchors` only some anchors count, as in the region proposal network:
-drawn anew in each step, by the step's seed.
+Anchors are matched to objects first (`match_batch`), which needs no prediction. So the divisors of the losses
+(`loss_divisors`) are known for the whole step, over all parts and ranks, before the network runs. They count positive
+anchors (of each image, then averaged; or of the whole step), so the losses' scale does not depend on the number of easy
+background anchors. With `sampled_anchors` only some anchors count, as in the region proposal network; each step samples
+them anew, by its seed.
 
 Sources: Lin et al. 2017 (Focal Loss) §3, §4.1 and eq. 5; GIoU: Rezatofighi 2019; sampling: Ren et al. 2015 (Faster
 R-CNN) §3.1.3.
@@ -27,9 +27,9 @@ from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_ins
 from training.transforms import TensorTarget
 
 EXACT_UNTIL = 40.0
-"""Beyond it softplus(x) is x, in float64 too."""
+"""Value from which softplus(x) equals x, in float64 too."""
 RUNNING_MEAN_KEEPS = 0.9
-"""Weight of the steps before in the mean number of positives, with `normaliser="running"` (detectron2's)."""
+"""Weight of earlier steps in the mean number of positives, with `normaliser="running"` (detectron2's)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Losses:
 
     classification: Tensor
     box: Tensor
-    """Already times its weight."""
+    """The box loss, with its weight applied."""
 
     @property
     def total(self) -> Tensor:
@@ -54,7 +54,7 @@ def retinanet_losses(
     sizes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> Losses:
-    """Match a whole batch and compute its losses; arguments as `match_batch` and `matched_losses` have them."""
+    """Match a whole batch and compute its losses; for the arguments see `match_batch` and `matched_losses`."""
     matches = match_batch(anchors, targets, config, sizes=sizes, seed=seed)
     return matched_losses(predictions, anchors, targets, matches, loss_divisors(matches, config.normaliser), config)
 
@@ -70,7 +70,7 @@ def match_batch(
     """Match the anchors [A, 4] of a canvas to each image's objects.
 
     sizes    (height, width) of each image on the canvas; needed with `border_anchors="ignored"`
-    seed     of the anchors drawn with `sampled_anchors`; the same seed draws the same ones
+    seed     of the sampled anchors, with `sampled_anchors`
     returns  int64 [N, A]: the object of each anchor, BACKGROUND or IGNORED
     """
     thresholds = {"fg_iou_threshold": config.fg_iou_threshold, "bg_iou_threshold": config.bg_iou_threshold}
@@ -93,10 +93,10 @@ def match_batch(
 def loss_divisors(
     matches: Tensor, normaliser: Normaliser, *, ranks: Ranks = ALONE, mean_positives: float | None = None
 ) -> Tensor:
-    """Count what the losses of each image are divided by: float64 [N], at least 1.
+    """Compute the divisor of each image's losses: float64 [N], at least 1.
 
     matches         int64 [N, A], this rank's images of the step
-    mean_positives  of the steps before, with "running"; None: there were none
+    mean_positives  mean of earlier steps, with "running"; None: there were none
     """
     counts = (matches != IGNORED if normaliser == "anchors" else matches >= 0).sum(dim=1, dtype=torch.float64)
     if normaliser == "image":
@@ -115,7 +115,7 @@ def matched_losses(
     divisors: Tensor,
     config: LossConfig,
 ) -> Losses:
-    """Compute the losses of images [N, A, …] whose anchors [A, 4] have found their objects.
+    """Compute the losses of images [N, A, …] whose anchors [A, 4] are matched.
 
     matches   int64 [N, A], as `match_batch` returns them
     divisors  [N], as `loss_divisors` returns them
@@ -136,7 +136,7 @@ def matched_losses(
 
 
 def _box_loss_sum(deltas: Tensor, anchors: Tensor, boxes: Tensor, config: LossConfig) -> Tensor:
-    """Sum over one image's positive anchors: their deltas, themselves and their objects' boxes, [P, 4] each."""
+    """Sum the box loss over one image's positive anchors: deltas, anchors and objects' boxes, [P, 4] each."""
     if config.box_loss == "giou":
         loss: Tensor = generalized_box_iou_loss(decode_boxes(deltas, anchors), boxes, reduction="sum")
         return loss
@@ -151,20 +151,20 @@ def focal_loss_sum(
 
     logits    [A, K]
     positive  int64 [P] each: row and column of the pairs that are foreground, each pair once
-    ignored   bool [A]: rows that add nothing; none of them positive
+    ignored   bool [A]: rows that do not count; none of them is positive
     p_t = p, alpha_t = alpha for foreground; 1 - p, 1 - alpha for background.
-    alpha below 0: alpha_t is 1, as torchvision has it; with gamma 0 that is plain cross-entropy.
+    alpha below 0: alpha_t is 1, as in torchvision; with gamma 0 that is plain cross-entropy.
     """
     loss: Tensor = _FocalLossSum.apply(logits, *positive, ignored, alpha, gamma)
     return loss
 
 
 class _FocalLossSum(torch.autograd.Function):
-    """The sum, with its gradient in the same pass.
+    """The focal loss sum, with its gradient in the same pass.
 
-    Nearly all pairs are background, and there are millions: every pair is computed as background, without a tensor of
-    truths, and the few positive ones are put right. Written out, autograd would keep ten tensors of the logits' size
-    for the way back; this keeps one.
+    Nearly all of the millions of pairs are background. Every pair is computed as background, without a tensor of
+    truths, and the few positive ones are corrected. Autograd would keep ten tensors of the logits' size for the
+    backward pass; this keeps one.
     """
 
     @staticmethod
@@ -187,7 +187,7 @@ class _FocalLossSum(torch.autograd.Function):
 
 
 def _loss_and_slope(logits: Tensor, weights: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Sum weight * m**gamma * -log(1 - m) over background pairs, m = sigmoid(logit); and give the slope of each."""
+    """Sum weight * m**gamma * -log(1 - m) over background pairs, m = sigmoid(logit); return the sum and each slope."""
     missed = logits.sigmoid()
     cross_entropy = F.softplus(logits, threshold=EXACT_UNTIL)
     focus = (missed**gamma).mul_(weights)

@@ -1,13 +1,12 @@
-"""The anchors' assignment to objects.
+"""The assignment of anchors to objects.
 
-An anchor belongs to the object that it overlaps most: positive from `fg_iou_threshold` on, background below
-`bg_iou_threshold`, ignored between. Each object also keeps the anchors that overlap it best, however little, so
-that none is left without. Source: Lin et al. 2017 (Focal Loss) §4 "Anchors"; the best-anchor rule as in Faster
-R-CNN (Ren et al. 2015, §3.1.2).
+An anchor is matched to the object that it overlaps most: it is positive from `fg_iou_threshold`, background below
+`bg_iou_threshold`, and ignored between. Each object also keeps the anchors that overlap it best, however little, so
+that every object has one. Source: Lin et al. 2017 (Focal Loss) §4 "Anchors"; the best-anchor rule as in Faster R-CNN
+(Ren et al. 2015, §3.1.2).
 
-What the region proposal network adds (Ren et al. 2015, §3.1.3): anchors that cross the picture's border are ignored,
-and of the others a few are drawn, half of them positive. Here both turn anchors into IGNORED ones, so the losses need
-not know of them.
+The region proposal network (Ren et al. 2015, §3.1.3) also ignores anchors that cross the picture's border, and samples
+a few of the others, half of them positive. Here both rules make anchors IGNORED, so the losses need no rule for them.
 """
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 PAIRS = 2**23
-"""Anchors × objects (or regions) that are compared at once: some 30 bytes each."""
+"""Most pairs of anchor and object (or region) that are compared at once, of some 30 bytes each."""
 BACKGROUND = -1
 IGNORED = -2
 
@@ -23,7 +22,7 @@ IGNORED = -2
 def match(
     anchors: Tensor, boxes: Tensor, ignored: Tensor, *, fg_iou_threshold: float, bg_iou_threshold: float
 ) -> Tensor:
-    """The object of each anchor: its index, BACKGROUND or IGNORED.
+    """Return each anchor's object: its index, BACKGROUND or IGNORED.
 
     anchors  [A, 4]  xyxy
     boxes    [M, 4]  xyxy, objects
@@ -58,8 +57,8 @@ def match_inside(
     fg_iou_threshold: float,
     bg_iou_threshold: float,
 ) -> Tensor:
-    """`match` among the anchors that lie inside a picture of `size` (height, width) at the canvas's top left corner;
-    the others are IGNORED, and no object's best."""
+    """Match the anchors that lie inside a picture of `size` (height, width) at the canvas's top left corner. The others
+    are IGNORED, and are no object's best."""
     height, width = size
     inside = (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2] <= width) & (anchors[:, 3] <= height)
     matches = torch.full((len(anchors),), IGNORED, device=anchors.device)
@@ -70,11 +69,11 @@ def match_inside(
 
 
 def draw_anchors(matches: Tensor, num_anchors: int, max_positives: int, generator: torch.Generator) -> Tensor:
-    """The matches with all but `num_anchors` anchors IGNORED: at most `max_positives` of them positive, the rest
-    background; fewer where there are not so many.
+    """Sample `num_anchors` anchors, at most `max_positives` of them positive and the rest background, or fewer if there
+    are not so many. All others become IGNORED.
 
     matches    int64 [A], as `match` returns them
-    generator  on the CPU, whatever the device of the matches: its seed alone decides what is drawn
+    generator  on the CPU for any device of the matches, so that its seed alone determines the sample
     """
     positives = (matches >= 0).nonzero().squeeze(1)
     background = (matches == BACKGROUND).nonzero().squeeze(1)
@@ -92,7 +91,7 @@ def _draw(indices: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def _share_inside(anchors: Tensor, regions: Tensor) -> Tensor:
-    """[A, R]: the share of each anchor's area that lies in each region."""
+    """Compute [A, R], the share of each anchor's area that lies in each region."""
     low = torch.maximum(anchors[:, None, :2], regions[None, :, :2])
     high = torch.minimum(anchors[:, None, 2:], regions[None, :, 2:])
     sizes = anchors[:, 2:] - anchors[:, :2]

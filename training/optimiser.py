@@ -1,4 +1,4 @@
-"""The update of the weights: learning rate by step, weight decay by kind of weight, batch norm's mode, the average."""
+"""The update of the weights: learning rate, weight decay, batch norm's mode, the moving average."""
 
 import math
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from training.exchange.finetune import freeze_stages
 
 
 def memory_format(channels_last: bool | None, device: torch.device) -> torch.memory_format:
-    """Choose how weights and images lie in memory; None: as is best on the device.
+    """Choose the memory layout of weights and images; None: the fastest on the device.
 
-    As measured in docs/benchmarks.md: with AVX-512 a step is 1.1 times as fast channels last, with AVX2 0.85 times.
+    Channels last, a step is 1.1 times as fast with AVX-512, and 0.85 times as fast with AVX2 (docs/benchmarks.md).
     """
     if channels_last is None:
         channels_last = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -23,12 +23,12 @@ def memory_format(channels_last: bool | None, device: torch.device) -> torch.mem
 
 
 def peak_learning_rate(config: OptimiserConfig, batch_size: int) -> float:
-    """Scale the learning rate, meant for reference_batch_size images, with the images of a step (Goyal 2017)."""
+    """Scale the learning rate, which is for reference_batch_size images, with the images of a step (Goyal 2017)."""
     return config.learning_rate * batch_size / config.reference_batch_size
 
 
 def learning_rate(config: OptimiserConfig, step: int, *, steps: int, batch_size: int) -> float:
-    """Give the rate of the update that follows `step` of all `steps` updates: linear warm-up, then milestones or a
+    """Return the learning rate of the update after `step` of all `steps` updates: linear warm-up, then milestones or a
     cosine."""
     peak = peak_learning_rate(config, batch_size)
     if step < config.warmup_steps:
@@ -50,7 +50,7 @@ def set_train_mode(network: RetinaNet, *, frozen_stages: int, frozen_batch_norm:
 
 
 def build_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """Weight decay applies to convolutions' weights only: not to biases and norms."""
+    """Build the optimiser. Weight decay applies to convolutions' weights, not to biases and norms."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -63,7 +63,7 @@ def build_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.
 
 @torch.no_grad()
 def update_average(averaged: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the weights; faster in the first steps, so that it soon forgets the random start."""
+    """Move the average towards the weights, faster in the first steps, so that the random start has no weight."""
     decay = min(decay, (1 + step) / (10 + step))
     for average, value in zip(_tensors(averaged), _tensors(network), strict=True):
         if average.is_floating_point():

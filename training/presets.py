@@ -1,6 +1,6 @@
-"""Named recipes for `train` and `anchors`: a preset is the sole home of its numbers, and every value has a flag.
+"""Named recipes for `train` and `anchors`. A preset is the only home of its values, and every value has a flag.
 
-Where this repository has a figure, the preset says what it reaches; "not measured" is what nobody has trained here.
+A preset says what it reaches if this repository has a figure; "not measured" means that it was not trained here.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ TORCHVISION_V2 = replace(
     optimiser=replace(TORCHVISION_V1.optimiser, optimiser="adamw", learning_rate=1e-4, weight_decay=0.05),
     augment=AugmentConfig(shorter_sides=tuple(range(480, 801, 32))),
 )
-"""torchvision's second one: AdamW, batch norm that is trained, GroupNorm in the heads, GIoU, shorter sides 480 to 800.
+"""torchvision's second recipe: AdamW, trained batch norm, GroupNorm in the heads, GIoU, shorter sides 480 to 800.
 `python -m training train --preset torchvision-v2 --data COCO --out runs/v2`: not measured here.
 """
 
@@ -64,7 +64,7 @@ PROPOSAL_LOSS = LossConfig(
     focal_gamma=0.0,
     normaliser="anchors",
 )
-"""The region proposal network's: cross-entropy on 256 drawn anchors (Ren et al. 2015 §3.1.2, §3.1.3)."""
+"""The region proposal network's loss: cross-entropy on 256 sampled anchors (Ren et al. 2015 §3.1.2, §3.1.3)."""
 PROPOSALS = DetectionConfig(score_threshold=0.0, nms_threshold=0.7, max_detections=1000)
 
 RPN = replace(
@@ -124,9 +124,9 @@ DEMO = TrainConfig(
     evaluate_images=60,
     pretrained_backbone=False,
 )
-"""Small enough to be trained from scratch on two cores, on crops at the scale that is served.
-`make demo-model`: one run of it is not measured; the model that ships took four, 12,600 steps, and has AP 0.805
-(docs/training-log.md).
+"""The demo model, small enough to be trained from scratch on two cores, on crops at the served scale.
+`make demo-model`: one run of it is not measured; the shipped model took four runs of 12,600 steps together, and has AP
+0.805 (docs/training-log.md).
 """
 
 SMALL = replace(
@@ -148,7 +148,7 @@ SMALL = replace(
     evaluate_every=300,
     evaluate_images=0,
 )
-"""A few hundred annotated pictures, fine-tuned from the demo model's checkpoint on crops at 320 px.
+"""A recipe for a few hundred annotated pictures, fine-tuned from the demo model's checkpoint on crops at 320 px.
 `python -m training train --preset small --init model/pretrained/shapes.pt --data BCCD --out runs/bccd`: AP 0.601 and
 AP50 0.923 on BCCD's 72 test pictures, means of three seeds (docs/training-log.md).
 """
@@ -179,7 +179,7 @@ ABLATION = replace(
     evaluate_images=0,
     class_agnostic=True,
 )
-"""A few minutes on two cores, what the ablations change one value of: to find objects is learned before classes.
+"""The baseline of the ablations, a few minutes on two cores. It has one class: a detector first learns to find objects.
 `make ablations`: AP 0.229 on 150 validation pictures (docs/ablations.md).
 """
 

@@ -1,4 +1,4 @@
-"""A run's state, which changes from step to step, and its way into a checkpoint and back."""
+"""A run's state, which changes with each step, and its conversion to and from a checkpoint."""
 
 import copy
 import logging
@@ -25,41 +25,42 @@ log = logging.getLogger(__name__)
 
 
 class RunFolderInUse(ValueError):
-    """The folder holds a run; `--resume` goes on with it."""
+    """The folder holds a run; `--resume` continues it."""
 
 
 @dataclass
 class TrainState:
     network: RetinaNet
     averaged: RetinaNet | None
-    """The moving average of the weights, or None."""
+    """Moving average of the weights, or None."""
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    """Keeps the gradients of fp16 above its smallest number; switched off otherwise."""
+    """Scaler that keeps fp16's gradients above its smallest number; disabled for other precisions."""
     step: int = 0
     evaluated: int = 0
-    """The step of the last evaluation."""
+    """Step of the last evaluation."""
     report: ApReport | None = None
     """Report of the last evaluation of this process."""
     best: tuple[int, float] = (0, -1.0)
-    """Pictures and AP of the best evaluation: more pictures win over fewer, then the higher AP."""
+    """Pictures and AP of the best evaluation: more pictures are better, then a higher AP."""
     data_sets: dict[str, str] = field(default_factory=dict)
-    """`CocoDataSet.summary` of both splits, as the run began with them."""
+    """`CocoDataSet.summary` of both splits at the beginning of the run."""
     mean_positives: float = 100.0
-    """Positive anchors of a step, averaged over the steps before; what `normaliser="running"` starts with."""
+    """Mean positive anchors of a step, over earlier steps, for `normaliser="running"`."""
 
     @property
     def best_network(self) -> RetinaNet:
-        """The network that evaluation and export take."""
+        """The network that evaluation and export use."""
         return self.averaged or self.network
 
     def is_best(self, report: ApReport) -> bool:
-        """Compare with the best so far. Where validation has no objects, the last weights are."""
+        """Tell whether the last evaluation is the best so far. Without validation objects, the last weights are the
+        best."""
         return math.isnan(report.ap) or (report.num_images, report.ap) >= self.best
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next update."""
+        """Learning rate of the next update."""
         return float(self.optimiser.param_groups[0]["lr"])
 
     @learning_rate.setter
@@ -68,14 +69,14 @@ class TrainState:
             group["lr"] = rate
 
     def loss_divisors(self, matches: Tensor, normaliser: Normaliser, ranks: Ranks) -> Tensor:
-        """Count what a step's losses are divided by, as `losses.loss_divisors`; with "running", move the mean."""
+        """Compute the divisors of a step's losses, see `losses.loss_divisors`; with "running", update the mean."""
         divisors = loss_divisors(matches, normaliser, ranks=ranks, mean_positives=self.mean_positives)
         if normaliser == "running":
             self.mean_positives = divisors[0].item()
         return divisors
 
     def update(self, *, gradient_clip: float, ema_decay: float) -> None:
-        """Take the step that the gradients say, and move the average."""
+        """Update the weights by their gradients, and the moving average."""
         if gradient_clip:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip)
@@ -100,9 +101,10 @@ def start_or_resume(
     resume: bool,
     init: Checkpoint | None = None,
 ) -> TrainState:
-    """The state of last.pt, or of step 0, with the weights of `init` where it is given.
+    """Make the state of last.pt, or of step 0 with the weights of `init` if it is given.
 
-    RunFolderInUse: there is a last.pt that is not asked for or does not fit. InvalidCheckpoint: `init` does not fit.
+    RunFolderInUse: there is a last.pt, which is not to be resumed or does not fit. InvalidCheckpoint: `init` does not
+    fit.
     """
     last = out / "last.pt"
     resuming = ranks.from_first(last.exists())
@@ -161,7 +163,7 @@ def to_checkpoint(
 
 
 def note_data_sets(state: TrainState, *data_sets: CocoDataSet) -> None:
-    """Keep what the run sees, and log where a resumed one no longer sees what it began with."""
+    """Note the run's data sets, and log how they differ from those at the beginning of a resumed run."""
     for data_set in data_sets:
         before, now = state.data_sets.get(data_set.split), data_set.summary
         if before not in (None, now):
@@ -170,7 +172,7 @@ def note_data_sets(state: TrainState, *data_sets: CocoDataSet) -> None:
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """Size of a checkpoint, roughly: weights, their average, and the optimiser's one or two values for each."""
+    """Estimate the size of a checkpoint: weights, their average, and the optimiser's one or two values for each."""
     weights: int = sum(value.numel() * value.element_size() for value in state.network.state_dict().values())
     values = 2 if isinstance(state.optimiser, torch.optim.AdamW) else 1
     return weights * (1 + (state.averaged is not None) + values)

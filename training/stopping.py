@@ -1,4 +1,4 @@
-"""Ends of a run before its last step: SIGTERM, and losses that lead nowhere."""
+"""The end of a run before its last step: SIGTERM, and diverging losses."""
 
 import math
 import signal
@@ -11,18 +11,18 @@ from types import FrameType
 from training.losses import Losses
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""143, what a shell reports of a process that SIGTERM ended; --resume goes on."""
+"""Exit code 143, which shells report for a process that SIGTERM ended; --resume continues the run."""
 STOPPED = "SIGTERM: stopped; --resume goes on from the last checkpoint"
 COMPARED_STEPS = 20
 """Steps whose mean loss is compared."""
 
 
 class Terminated(Exception):
-    """SIGTERM came, as clusters and `docker stop` send it; the checkpoint is written."""
+    """SIGTERM came, which clusters and `docker stop` send; the checkpoint is written."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The losses or weights are no longer numbers, or the losses grow; the text says at which step."""
+    """Losses or weights are NaN or infinite, or the losses grow; the text names the step."""
 
     def __init__(self, cause: str, last: Path) -> None:
         super().__init__(
@@ -32,7 +32,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class StopRequest:
-    """A flag that says whether SIGTERM came. For the main thread."""
+    """A flag that is set by SIGTERM. For the main thread."""
 
     def __init__(self) -> None:
         self.came = False
@@ -40,7 +40,7 @@ class StopRequest:
 
     @contextmanager
     def heeded(self) -> Iterator["StopRequest"]:
-        """Take SIGTERM over, and give it back in the end."""
+        """Handle SIGTERM within this context, and restore the old handler at its end."""
         before = signal.signal(signal.SIGTERM, self._handle)
         try:
             yield self
@@ -49,7 +49,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, the signal raises Terminated where the work is: for work that can be thrown away."""
+        """Let the signal raise Terminated at once within this context, for work that can be discarded."""
         self._interrupts = True
         try:
             if self.came:
@@ -66,12 +66,12 @@ class StopRequest:
 
 @dataclass
 class DivergenceCheck:
-    """Raises TrainingDiverged when a loss is no number, or the mean of COMPARED_STEPS losses is `factor` times their
-    first."""
+    """Raises TrainingDiverged when a loss is NaN or infinite, or when the mean of COMPARED_STEPS losses is `factor`
+    times the first such mean."""
 
     factor: float
     last: Path
-    """The checkpoint that the error names."""
+    """Checkpoint that the error names."""
     recent: list[float] = field(default_factory=list)
     first_mean: float | None = None
 

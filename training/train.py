@@ -1,9 +1,9 @@
 """The training loop: batches in, checkpoints out.
 
-A run folder holds `last.pt` (to go on from), `best.pt` (by AP), `metrics.jsonl` (one line for every `log_every` steps
-and every validation), `report/` (a page to look at) and `tensorboard/`. A step's samples, learning rate and batch-norm
-state depend only on its number, so a resumed run is the run it resumes. Run by torchrun, every process computes a share
-of each step, and the gradients are those of the whole step.
+A run folder holds `last.pt` (to resume from), `best.pt` (by AP), `metrics.jsonl` (one line for every `log_every` steps
+and every validation), `report/` (a page) and `tensorboard/`. A step's samples, learning rate and batch-norm mode depend
+only on its number, so a resumed run equals an uninterrupted one. Under torchrun every process computes a share of each
+step, and the gradients are those of the whole step.
 """
 
 import logging
@@ -55,7 +55,7 @@ def train(
     """Train to the last step and return its AP. `init` holds the weights of step 0; None: random ones.
 
     RunFolderInUse, InvalidDataSet, InvalidCheckpoint: it cannot start. TrainingDiverged, CheckpointNotWritten,
-    RankLost, Terminated: it ended before; last.pt is the last good state, and --resume goes on from it.
+    RankLost, Terminated: it ended early; last.pt is the last good state, and --resume continues from it.
     """
     check_data(training_set, validation_set)
     check_pictures(training_set, validation_set, config, ranks)
@@ -106,7 +106,7 @@ def train(
 
 
 def check_data(training_set: CocoDataSet, validation_set: CocoDataSet) -> None:
-    """InvalidDataSet: there is nothing to learn, or validation has labels that training lacks."""
+    """Raise InvalidDataSet if there is nothing to learn, or validation has labels that training lacks."""
     columns = np.concatenate([picture.target.columns for picture in training_set.pictures])
     if not len(columns):
         raise InvalidDataSet(f"{training_set.annotation_file} has no objects, so there is nothing to learn from it")
@@ -117,7 +117,7 @@ def check_data(training_set: CocoDataSet, validation_set: CocoDataSet) -> None:
 
 
 def check_pictures(training_set: CocoDataSet, validation_set: CocoDataSet, config: TrainConfig, ranks: Ranks) -> None:
-    """InvalidDataSet: pictures are missing, or some of validation cannot be decoded; else AP would fail to come out."""
+    """Raise InvalidDataSet if pictures are missing, or a validation picture cannot be decoded, which would fail AP."""
     skip = config.unreadable == "skip"
     refuse_absent(training_set, skip=skip)
     refuse_absent(validation_set, skip=skip)
@@ -125,7 +125,7 @@ def check_pictures(training_set: CocoDataSet, validation_set: CocoDataSet, confi
 
 
 def begin_step(state: TrainState, config: TrainConfig) -> None:
-    """Set the learning rate and the modes of the step that comes, and forget the gradients of the one before."""
+    """Set the learning rate and the modes of the next step, and clear the gradients."""
     state.learning_rate = learning_rate(config.optimiser, state.step, steps=config.steps, batch_size=config.batch_size)
     frozen_batch_norm = state.step >= config.optimiser.freeze_batch_norm_from * config.steps
     set_train_mode(state.network, frozen_stages=config.freeze_stages, frozen_batch_norm=frozen_batch_norm)
@@ -133,13 +133,13 @@ def begin_step(state: TrainState, config: TrainConfig) -> None:
 
 
 def match_step(batch: Batch, anchors: Tensor, config: TrainConfig, step: int) -> Tensor:
-    """Match the anchors to the objects of a step's images, before any of them is looked at: int64 [N, A]."""
+    """Match the anchors to the objects of a step's images, before the first forward pass: int64 [N, A]."""
     sizes = [(height, width) for height, width in batch.sizes.tolist()]
     return match_batch(anchors, batch.targets, config.loss, sizes=sizes, seed=sampling_seed(config.seed, step))
 
 
 class TrainingForward(nn.Module):
-    """The network as it is trained: from a batch's images to predictions, in the precision asked for."""
+    """The network in training: from a batch's images to predictions, in the chosen precision."""
 
     def __init__(self, network: RetinaNet, precision: Precision, channels_last: bool | None) -> None:
         super().__init__()
@@ -149,7 +149,8 @@ class TrainingForward(nn.Module):
         self.channels_last = channels_last
 
     def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
-        """images uint8 [N, H, W, 3] RGB, sizes int64 [N, 2] (height, width) -> predictions of the weights' dtype."""
+        """Turn images uint8 [N, H, W, 3] RGB and sizes int64 [N, 2] (height, width) into predictions, weights'
+        dtype."""
         device, dtype = images.device, self.network.dtype
         pixels = self.normalise(images, sizes.to(device)).to(dtype)
         pixels = pixels.contiguous(memory_format=memory_format(self.channels_last, device))
@@ -161,7 +162,7 @@ class TrainingForward(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything around the steps of a run: its checkpoints and validations."""
+    """The work of a run between steps: checkpoints and validations."""
 
     config: TrainConfig
     training_set: CocoDataSet
@@ -170,12 +171,12 @@ class TrainingRun:
     notes: Mapping[str, str]
     ranks: Ranks
     metrics: RunMetrics | None
-    """Rank 0 has them."""
+    """Metrics; None on other ranks than 0."""
 
     def waited_for(
         self, batches: Generator[Batch, None, None], state: TrainState, stop: StopRequest
     ) -> Iterator[tuple[Batch, float]]:
-        """Yield each batch with the seconds that were spent waiting for it.
+        """Yield each batch with the seconds of waiting for it.
 
         Terminated: SIGTERM came meanwhile; last.pt is written. (Several processes end together, after a step.)
         """
@@ -196,7 +197,7 @@ class TrainingRun:
             self.validate(state, stop, limit=self.config.evaluate_images)
 
     def validate(self, state: TrainState, stop: StopRequest, *, limit: int) -> ApReport:
-        """AP of the weights that export would take; keeps the best in best.pt. It takes long: last.pt comes first."""
+        """Evaluate the weights that export would take, and keep the best in best.pt. last.pt is written before."""
         self.save(state, "last.pt")
         with stop.at_once():
             validation = validate(
@@ -217,7 +218,7 @@ class TrainingRun:
         return report
 
     def end_if_asked(self, state: TrainState, stop: StopRequest) -> None:
-        """Terminated: SIGTERM came to one of the ranks; last.pt is written."""
+        """Raise Terminated if SIGTERM came to one of the ranks; last.pt is written."""
         if self.ranks.any(stop.came):
             ended = self._end(state)
             self.ranks.any(False)  # the first to leave ends the others, and rank 0 is writing
@@ -232,7 +233,7 @@ class TrainingRun:
             self.save(state, "last.pt")
 
     def save(self, state: TrainState, name: str) -> None:
-        """Rank 0 writes. TrainingDiverged, and nothing is written, if the weights are no longer numbers."""
+        """Write last.pt, on rank 0. TrainingDiverged, and nothing is written: the weights are NaN or infinite."""
         if not state.is_finite():
             raise TrainingDiverged(
                 f"the update of step {state.step} made weights that are no numbers", self.out / "last.pt"

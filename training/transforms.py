@@ -1,8 +1,7 @@
-"""Random changes of one training sample, and the batch that is made of several.
+"""Augmentation of one training sample, and the batch that is made of several.
 
-A sample is an upright RGB picture uint8 [H, W, 3] with its boxes in the picture's pixels; every step keeps boxes
-and pixels together. Randomness comes from the generator that is passed in, never from elsewhere, so a sample is a
-function of its key.
+A sample is an upright RGB picture uint8 [H, W, 3] with its boxes in the picture's pixels; every step changes both
+together. All randomness comes from the generator passed in, so a sample is a function of its key.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ class Sample:
     pixels: Pixels
     target: Target
     unreadable: tuple[str, ...] = ()
-    """The faults of the pictures that this one stands in for."""
+    """Faults of the unreadable pictures that this one replaces."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,47 +37,47 @@ class Batch:
     images: Tensor
     """uint8 [N, H, W, 3], padded at the bottom and right."""
     sizes: Tensor
-    """int64 [N, 2] (height, width) of each image in it."""
+    """int64 [N, 2] (height, width) of each image."""
     targets: list["TensorTarget"]
     unreadable: tuple[str, ...] = ()
-    """The faults of the pictures in whose place others are here."""
+    """Faults of the unreadable pictures that others replace."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by value, as arrays: torch would lay its tensors into shared memory."""
+        """Pickle by value, as arrays: torch would put its tensors into shared memory."""
         targets = [tuple(value.numpy() for value in vars(target).values()) for target in self.targets]
         return _unpickled, (self.images.numpy(), self.sizes.numpy(), targets, self.unreadable)
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """(height, width) of the padded images."""
+        """Size (height, width) of the padded images."""
         return self.images.shape[1], self.images.shape[2]
 
     def padded_to(self, canvas: tuple[int, int]) -> "Batch":
-        """The same images on a canvas (height, width) at least as large."""
+        """Pad the images to a canvas (height, width) at least as large."""
         if canvas == self.canvas:
             return self
         below, right = canvas[0] - self.canvas[0], canvas[1] - self.canvas[1]
         return replace(self, images=F.pad(self.images, (0, 0, 0, right, 0, below)))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        """Move images and targets to a device; dtype: of the targets' boxes. Sizes stay where they are."""
+        """Move images and targets to a device. `dtype` is that of the targets' boxes. Sizes stay on the CPU."""
         targets = [target.to(device, dtype) for target in self.targets]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
 
     def parts(self, count: int) -> list[slice]:
-        """Share the images out into `count` even parts. ValueError: there are fewer images than parts."""
+        """Divide the images into `count` even parts. ValueError: there are fewer images than parts."""
         if len(self.targets) < count:
             raise ValueError(f"{len(self.targets)} images cannot be computed in {count} parts")
         return [slice(*edges) for edges in pairwise(len(self.targets) * part // count for part in range(count + 1))]
 
     def pin_memory(self) -> "Batch":
-        """Called by the data loader for a GPU: copies from pinned memory do not wait."""
+        """Copy to pinned memory, from which copies to a GPU are asynchronous."""
         return replace(self, images=self.images.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
 class TensorTarget:
-    """`Target` as tensors, canvas pixels."""
+    """A `Target` as tensors, in canvas pixels."""
 
     boxes: Tensor
     columns: Tensor
@@ -95,7 +94,7 @@ class TensorTarget:
 def augment(
     sample: Sample, config: AugmentConfig, resize: ResizePolicy, rng: Generator, crop_size: int | None
 ) -> Sample:
-    """Flip, resize with jitter, crop if a crop size is given, and change the colours."""
+    """Flip a sample, resize it with jitter, crop it if a crop size is given, and change its colours."""
     sample = random_flip(sample, config, rng)
     sample = random_resize(sample, config, resize, rng, crop_size)
     return replace(sample, pixels=random_colour(sample.pixels, config, rng))
@@ -120,7 +119,7 @@ def random_flip(sample: Sample, config: AugmentConfig, rng: Generator) -> Sample
 def random_resize(
     sample: Sample, config: AugmentConfig, resize: ResizePolicy, rng: Generator, crop_size: int | None
 ) -> Sample:
-    """Resize to a drawn shorter side times the jitter; with a crop size, only that part of the result is made."""
+    """Resize to a random shorter side times the jitter; with a crop size, only the crop is computed."""
     height, width = sample.pixels.shape[:2]
     policy = replace(resize, shorter_side=int(rng.choice(config.shorter_sides)))
     low, high = np.log(config.scale_jitter)
@@ -148,7 +147,7 @@ def random_colour(pixels: Pixels, config: AugmentConfig, rng: Generator) -> Pixe
 
 
 def collate(samples: Sequence[Sample], divisor: int) -> Batch:
-    """Lay the samples into the top left corners of one canvas size, a multiple of the divisor."""
+    """Place the samples in the top left corners of canvases of one size, a multiple of the divisor."""
     sizes = [(sample.pixels.shape[0], sample.pixels.shape[1]) for sample in samples]
     height, width = padded_size(max(height for height, _ in sizes), max(width for _, width in sizes), divisor)
     images = np.zeros((len(samples), height, width, 3), dtype=np.uint8)
@@ -169,7 +168,7 @@ def _unpickled(
 def _crop_corner(
     target: Target, size: tuple[int, int], crop: tuple[int, int], on_object: float, rng: Generator
 ) -> tuple[int, int]:
-    """(top, left) of a crop: anywhere, or so that it holds one drawn object (or is full of it)."""
+    """Draw (top, left) of a crop: anywhere, or so that it holds one random object (or lies within it)."""
     lowest, highest = np.zeros(2), np.subtract(size, crop)
     if len(target.boxes) and rng.random() < on_object:
         x1, y1, x2, y2 = target.boxes[rng.integers(len(target.boxes))]
@@ -182,7 +181,7 @@ def _crop_corner(
 def _resized_window(
     pixels: Pixels, resized: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
 ) -> Pixels:
-    """The window (height, width) at `corner` (top, left) of the picture at size `resized`, without making the rest."""
+    """Compute the window (height, width) at `corner` (top, left) of the picture at size `resized`, without the rest."""
     scale_y, scale_x = (new / old for new, old in zip(resized, pixels.shape[:2], strict=True))
     # pixel centres: x_resized = (x + 0.5) * scale - 0.5 - left
     matrix = np.array([[scale_x, 0, 0.5 * scale_x - 0.5 - corner[1]], [0, scale_y, 0.5 * scale_y - 0.5 - corner[0]]])
@@ -193,7 +192,7 @@ def _resized_window(
 
 
 def _crop_boxes(target: Target, corner: tuple[int, int], size: tuple[int, int], min_visible: float) -> Target:
-    """Clip to the crop; objects that lost too much of themselves become ignored regions, those outside go."""
+    """Clip to the crop. Objects that lose too much become ignored regions; those outside are removed."""
     boxes, visible = _clip(target.boxes, corner, size)
     ignored, ignored_visible = _clip(target.ignored, corner, size)
     cut = (visible > 0) & (visible < min_visible)
@@ -204,7 +203,7 @@ def _crop_boxes(target: Target, corner: tuple[int, int], size: tuple[int, int], 
 def _clip(
     boxes: NDArray[np.float32], corner: tuple[int, int], size: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Boxes in the crop's frame, and the share of each one's area that is left."""
+    """Return the boxes in the crop's frame, and the remaining share of each one's area."""
     top, left = corner
     moved = boxes - np.array([left, top, left, top], dtype=np.float32)
     limits = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)

@@ -1,8 +1,8 @@
-"""Processes that make things in turns beside this one, which takes them in order: a training's batches.
+"""Worker processes that make objects in turns, which this process takes in order: a training's batches.
 
-What is made comes back through its worker's own pipe, by value. torch's DataLoader lays it into shared memory, of which
-a container has 64 MB (/dev/shm), and waits for ever when that is full. Here waiting has an end: a worker that dies or
-cannot allocate is an error at once, and a signal handler that raises interrupts the wait.
+Objects come back through their worker's own pipe, by value. torch's DataLoader uses shared memory, of which a container
+has 64 MB (/dev/shm), and waits for ever when that is full. Here waiting ends: a worker that dies or cannot allocate
+memory is an error at once, and a signal handler that raises interrupts the wait.
 """
 
 import queue
@@ -20,18 +20,18 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 AHEAD = 2
-"""Orders that each worker has."""
+"""Orders that each worker has at once."""
 READY = 2
-"""Things that lie ready in this process."""
+"""Finished objects that wait in this process."""
 LONGEST_WAIT = 600.0
-"""Seconds for one thing, after which something hangs: a file system, say."""
+"""Longest wait for one object, seconds; after it something hangs, such as a file system."""
 NEED_LESS = "fewer --workers or a smaller --batch-size need less memory"
 Order = TypeVar("Order")
 Made = TypeVar("Made")
 
 
 class WorkerLost(RuntimeError):
-    """A process that makes batches died, cannot allocate memory, or hangs."""
+    """A worker process died, cannot allocate memory, or hangs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Worker(Generic[Order, Made]):
     connection: Connection
 
     def receive(self) -> Made:
-        """Take the next thing that it has made. WorkerLost: it is dead. Else its own error."""
+        """Take the worker's next object. WorkerLost: it is dead. The worker's own errors are raised."""
         try:
             made = self.connection.recv()
         except (EOFError, OSError) as error:
@@ -62,11 +62,11 @@ def made_in_order(
     workers: int,
     finish: Callable[[Made], Made] = lambda made: made,
 ) -> Generator[Made, None, None]:
-    """Yield what `make` makes of each order, by so many processes; 0: here. To be closed when it is not exhausted.
+    """Yield what `make` makes of each order, by so many processes; 0: in this one. Close it if it is not exhausted.
 
-    make    picklable; what it makes is pickled, too
-    finish  a last change, on a thread of this process
-    WorkerLost: a worker died, cannot allocate or hangs. Errors of `make` are raised where their turn comes.
+    make    picklable, like its results
+    finish  a last change of each result, on a thread of this process
+    WorkerLost: a worker died, cannot allocate memory, or hangs. Errors of `make` are raised in their turn.
     """
     if not workers:
         yield from (finish(make(order)) for order in orders)
@@ -118,7 +118,7 @@ def _receive(
     ready: "queue.Queue[Any]",
     closed: threading.Event,
 ) -> None:
-    """Give orders, and put what comes back, in order, into `ready`; at the end the queue itself, or what failed."""
+    """Give orders, and put the results, in order, into `ready`; at the end the queue itself, or the error."""
     turns, making = cycle(pool), deque[_Worker[Order, Made]]()
 
     def give(count: int) -> None:
@@ -147,7 +147,7 @@ def _receive(
 
 
 def _work(make: Callable[[Any], Any], connection: Connection) -> None:
-    """Make what is ordered, until the other side is gone."""
+    """Make the ordered objects, until the other process has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole process group, the main process decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

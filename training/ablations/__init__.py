@@ -1,1 +1,1 @@
-"""The worth of each part of the detector: one run without it, and a page of the comparisons."""
+"""Ablations: training runs that differ in one part of the detector, and a page that compares them."""

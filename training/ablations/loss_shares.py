@@ -1,7 +1,7 @@
-"""The loss's shares of easy and hard examples: the focal loss paper's figure 4, on a model of ours.
+"""The shares of easy and hard examples in the loss: the focal loss paper's figure 4, on a model of ours.
 
-An example is one (anchor, class) pair that counts. Of a trained model, what each example adds to the loss is sorted
-and summed up, foreground and background apart; so alpha, which is the same for all of either kind, does not matter.
+An example is one (anchor, class) pair that counts. The examples' losses of a trained model are sorted and summed,
+foreground and background separately, so alpha, which is constant within each kind, has no effect.
 Source: Lin et al. 2017 §5.1 "Analysis of the Focal Loss".
 """
 
@@ -52,18 +52,18 @@ def examples(
 
 
 def loss_of_each(logits: Tensor, *, foreground: bool, gamma: float) -> Tensor:
-    """The focal loss of each example [examples], without alpha; float64, for sums of millions of tiny ones."""
+    """Compute the focal loss of each example [examples], without alpha; float64, because millions are summed."""
     wrong = (-logits if foreground else logits).double()
     return wrong.sigmoid() ** gamma * F.softplus(wrong, threshold=EXACT_UNTIL)
 
 
 def cumulative_share(losses: Tensor) -> Tensor:
-    """The share of all loss that the easiest 1, 2, … examples make together: ascending, [examples], the last is 1."""
+    """Compute the share of the loss in the easiest 1, 2, … examples: ascending, [examples], the last is 1."""
     summed = losses.sort().values.cumsum(0)
     return summed / summed[-1]
 
 
 def share_of_hardest(shares: Tensor, fraction: float) -> float:
-    """The share of the loss that the hardest `fraction` of all examples makes."""
+    """Compute the share of the loss in the hardest `fraction` of all examples."""
     easier = len(shares) - max(1, round(fraction * len(shares)))
     return 1 - (float(shares[easier - 1]) if easier else 0.0)

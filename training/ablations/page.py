@@ -41,7 +41,7 @@ def write_page(out: Path, page: Path, validation_set: CocoDataSet) -> None:
 
 
 def scenario_table() -> str:
-    """The article's three scenarios, computed by the loss that trains."""
+    """Make the table of the article's three scenarios, computed by the loss that trains."""
     lines = [
         "The article's three scenarios, computed by the loss that trains (α 0.25, γ 2). p is the probability given to "
         "the truth. Background has the weight 1 - α, which the article forgets.",

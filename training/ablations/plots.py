@@ -14,13 +14,13 @@ from training.coco import CocoDataSet
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 SHARES_OF = 50
-"""Validation pictures whose anchors the cumulative shares are taken from."""
+"""Validation pictures whose anchors give the cumulative shares."""
 LARGEST_LOSS_SHOWN = 3e4
-"""A curve that leaves the plot has diverged."""
+"""Largest loss in the plot; a curve that leaves it has diverged."""
 
 
 def plot_shares(checkpoint_file: Path, validation_set: CocoDataSet, file: Path) -> str:
-    """The paper's figure 4, and in words what the hardest hundredth makes."""
+    """Plot the paper's figure 4, and return a table of the hardest hundredth's share."""
     checkpoint = load_checkpoint(checkpoint_file)
     config = checkpoint.config
     found = examples(build_detector(checkpoint), validation_set, config.resize, config.loss, limit=SHARES_OF)

@@ -229,7 +229,7 @@ class _Runner:
 
 
 def median_seconds(predictor: Predictor, data_set: CocoDataSet) -> float:
-    """From pixels to detections, for one picture."""
+    """Measure the median seconds from pixels to detections of one picture."""
     seconds = []
     for index in range(min(TIMED_PICTURES, len(data_set))):
         pixels = data_set.read(index)
@@ -240,7 +240,7 @@ def median_seconds(predictor: Predictor, data_set: CocoDataSet) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """Name what computes, in words."""
+    """Describe the device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -257,7 +257,7 @@ def append_result(out: Path, result: Result) -> None:
 
 
 def read_results(out: Path) -> list[Result]:
-    """In the order of ABLATIONS."""
+    """Read the results, in the order of ABLATIONS."""
     file = out / "results.jsonl"
     results: dict[str, Result] = {}
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -267,7 +267,7 @@ def read_results(out: Path) -> list[Result]:
 
 
 def read_losses(out: Path, name: str) -> Sequence[tuple[int, float]]:
-    """(step, classification loss + box loss) of a ablation's run, as far as it was logged."""
+    """Read the logged (step, classification loss + box loss) of an ablation's run."""
     entries = read_metrics(out / name / "metrics.jsonl")
     return [(e["step"], e["classification_loss"] + e["box_loss"]) for e in entries if "box_loss" in e]
 

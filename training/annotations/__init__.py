@@ -1,1 +1,1 @@
-"""The one reading of a COCO annotation file, which training and evaluation share."""
+"""The reading of a COCO annotation file, which training and evaluation share."""

@@ -1,6 +1,6 @@
-"""The boxes of a data set: which are kept as they are, clipped or dropped, and what they tell of the whole file.
+"""The boxes of a data set: the rules that keep, clip or drop them, and checks of the whole file.
 
-A box that reaches out of its picture by less than a pixel stays as it is: many tools count from 1, or round.
+A box that exceeds its picture by less than a pixel is kept, because many tools count from 1, or round.
 """
 
 from collections.abc import Mapping
@@ -16,40 +16,40 @@ from training.annotations.fields import Fields, InvalidDataSet
 XyWh: TypeAlias = tuple[float, float, float, float]
 """(x, y, width, height), pixels of the picture."""
 MARGIN = 1.0
-"""Pixels: a box that reaches out by as much is clipped."""
+"""Pixels by which a box must exceed its picture to be clipped."""
 LOST_BY_ROUNDING = 0.01
-"""A box whose sides change by this share in float32 has no area that a network could learn."""
+"""Share by which a box's sides may change in float32; a box with a larger change has no area to learn."""
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The annotations of one picture, as training is taught them and evaluation counts them, in the file's order."""
+    """The annotations of one picture, as training and evaluation use them, in the file's order."""
 
     boxes: NDArray[np.float64]
     """[annotations, 4] (x, y, width, height), pixels of the picture: the file's own numbers, unless clipped."""
     areas: NDArray[np.float64]
-    """[annotations] pixels: the file's, which may be that of a mask; they decide what is small, medium and large."""
+    """[annotations] square pixels: the file's areas, maybe of masks; they decide what is small, medium and large."""
     columns: NDArray[np.int64]
-    """[annotations] each one's class, as its place among the data set's labels."""
+    """[annotations] class of each, as its index in the data set's labels."""
     crowds: NDArray[np.bool_]
-    """[annotations] regions of objects that were not told apart; what is found there counts neither way."""
+    """[annotations] True for regions of objects that were not annotated singly; detections there do not count."""
 
 
 @dataclass
 class BoxCounts:
-    """How many boxes of a data set are what."""
+    """Numbers of a data set's boxes by kind."""
 
     boxes: int = 0
     clipped: int = 0
-    """Those that reach out of their picture by a pixel or more, and were cut to it."""
+    """Boxes that exceeded their picture by a pixel or more, and were clipped."""
     outside: int = 0
-    """Those wholly outside, dropped."""
+    """Boxes wholly outside, which were dropped."""
     empty: int = 0
-    """Those without area, dropped."""
+    """Boxes without area, which were dropped."""
     below_pixel: int = 0
-    """Those with both sides below one pixel."""
+    """Boxes with both sides below one pixel."""
     bad_areas: int = 0
-    """Areas that no object of the picture can have; the box's own stands in."""
+    """Areas that no object of the picture can have; the box's area replaces them."""
     first_beyond: str = ""
 
     @property
@@ -58,11 +58,11 @@ class BoxCounts:
 
     @property
     def is_clean(self) -> bool:
-        """Whether AP is what pycocotools makes of the file itself."""
+        """True: AP equals that of pycocotools on the file itself."""
         return not (self.clipped or self.dropped or self.bad_areas)
 
     def refuse_nonsense(self, file: Path) -> None:
-        """InvalidDataSet: the boxes cannot be [x, y, width, height] in pixels."""
+        """Raise InvalidDataSet if the boxes cannot be [x, y, width, height] in pixels."""
         beyond, with_area = self.clipped + self.outside, self.boxes - self.empty
         if beyond * 2 > self.boxes:
             raise InvalidDataSet(
@@ -76,7 +76,7 @@ class BoxCounts:
             )
 
     def summary(self) -> str:
-        """One line on what is not as it should be; empty where all is."""
+        """Describe the irregular boxes on one line; empty if there are none."""
         parts = {
             "reach beyond their picture, clipped": self.clipped,
             "lie outside their picture or have no area, dropped": self.dropped,
@@ -91,7 +91,7 @@ class BoxCounts:
 def read_truth(
     annotations: list[Fields], size: tuple[int, int], columns: Mapping[int, int], counts: BoxCounts
 ) -> Truth:
-    """Read one picture's annotations. size: its (height, width). `counts` is added to."""
+    """Read one picture's annotations, and add to `counts`. `size` is the picture's (height, width)."""
     boxes, areas, classes, crowds = [], [], [], []
     for annotation in annotations:
         class_id = annotation.whole("category_id")
@@ -117,7 +117,7 @@ def of_one_class(truth: Truth) -> Truth:
 
 
 def _kept(box: XyWh, size: tuple[int, int], annotation: Fields, counts: BoxCounts) -> XyWh | None:
-    """The box as it is used; None if it is dropped."""
+    """Return the box, maybe clipped; None: it is dropped."""
     (x, y, width, height), (rows, columns) = box, size
     counts.boxes += 1
     if width <= 0 or height <= 0:
@@ -141,7 +141,7 @@ def _kept(box: XyWh, size: tuple[int, int], annotation: Fields, counts: BoxCount
 
 
 def _is_lost(box: XyWh) -> bool:
-    """Tell whether float32, in which networks compute, does not hold its sides."""
+    """Tell whether float32, in which networks compute, cannot represent the box's sides."""
     return any(
         abs(float(np.float32(low + side)) - float(np.float32(low)) - side) > LOST_BY_ROUNDING * side
         for low, side in ((box[0], box[2]), (box[1], box[3]))

@@ -1,4 +1,4 @@
-"""Fields of a JSON entry, read strictly: a number is finite (text of one is read too), a whole number is whole.
+"""Strict reading of a JSON entry's fields: a number must be finite (its text is accepted too), an integer whole.
 
 The error names the file, the entry and the field.
 """
@@ -14,28 +14,28 @@ SHOWN_CHARACTERS = 60
 
 
 class InvalidDataSet(ValueError):
-    """The folder is not a COCO-format data set that can be used; the text says what is wrong where."""
+    """The folder is not a usable COCO-format data set; the text says what is wrong and where."""
 
 
 class Fields:
-    """One entry of a file's list. InvalidDataSet, from each method: the field is missing, or not what it has to be."""
+    """One entry of a file's list. InvalidDataSet, from each method: the field is missing or has a wrong value."""
 
     __slots__ = ("_entry", "_file", "_index", "_kind")
 
     def __init__(self, file: Path, kind: str, index: int, entry: Any) -> None:
-        """`index`: its place in the list, from 0."""
+        """Read an entry. `index` is its position in the list, from 0."""
         self._file, self._kind, self._index, self._entry = file, kind, index, entry
         if not isinstance(entry, Mapping):
             raise InvalidDataSet(f"{file} is not COCO JSON: {kind} at index {index} is {shown(entry)}, not an object")
 
     @property
     def name(self) -> str:
-        """Kind and id; without an id, its place."""
+        """Kind and id; without an id, its position."""
         known = self._entry.get("id") is not None
         return f"{self._kind} {shown(self._entry['id'])}" if known else f"{self._kind} at index {self._index}"
 
     def refuse(self, reason: str) -> InvalidDataSet:
-        """The error to raise."""
+        """Make the error to raise."""
         return InvalidDataSet(f"{self._file}: {self.name}: {reason}")
 
     def value(self, name: str) -> Any:
@@ -45,11 +45,11 @@ class Fields:
             raise self.refuse(f"there is no {name}") from error
 
     def get(self, name: str) -> Any:
-        """The value as it stands; None where it is absent."""
+        """Return the value unchanged; None: it is absent."""
         return self._entry.get(name)
 
     def whole(self, name: str) -> int:
-        """A whole number that fits 64 bits."""
+        """Read an integer that fits 64 bits."""
         value = self.value(name)
         try:
             number = value if isinstance(value, int) else int(value) if isinstance(value, str) else _whole(value)
@@ -60,7 +60,7 @@ class Fields:
         return number
 
     def text(self, name: str) -> str:
-        """Text that is not empty; a number is taken for its digits."""
+        """Read text that is not empty; a number becomes its digits."""
         value = self.value(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
@@ -69,7 +69,7 @@ class Fields:
         return value
 
     def box(self, name: str) -> tuple[float, float, float, float]:
-        """Four finite numbers."""
+        """Read four finite numbers."""
         value = self.value(name)
         if not isinstance(value, list) or len(value) != 4:
             raise self.refuse(f"{name} is {shown(value)}, not [x, y, width, height]")
@@ -80,7 +80,7 @@ class Fields:
         return x, y, width, height
 
     def number_or_none(self, name: str) -> float | None:
-        """A finite number; None where the field is absent or null."""
+        """Read a finite number; None: the field is absent or null."""
         value = self.get(name)
         if value is None:
             return None
@@ -90,7 +90,7 @@ class Fields:
             raise self.refuse(f"{name} is {shown(value)}, not a finite number") from error
 
     def flag(self, name: str) -> bool:
-        """0 or 1, false or true; absent and null are false."""
+        """Read 0 or 1, false or true; absent and null are false."""
         value = self.get(name)
         number = float(value) if isinstance(value, bool) else self.number_or_none(name)
         if number not in (None, 0, 1):
@@ -99,7 +99,7 @@ class Fields:
 
 
 def shown(value: Any) -> str:
-    """The value as an error shows it: on one line, and cut where it is long."""
+    """Show a value in an error: on one line, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 

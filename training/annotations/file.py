@@ -1,7 +1,7 @@
-"""Read an annotation file into labels, images and their truth; what no run can use is refused, with file, id and why.
+"""Reading of an annotation file into labels, images and their truth. An unusable file is refused with file, id, reason.
 
-Ids need not follow one another and may be text of numbers; those of annotations do not matter. pycocotools never sees
-the file: evaluation counts what is read here.
+Ids may have gaps and may be numbers as text; those of annotations have no effect. pycocotools never reads the file:
+evaluation counts the boxes that are read here.
 """
 
 import json
@@ -19,7 +19,7 @@ from training.annotations.fields import Fields, InvalidDataSet, shown
 
 log = logging.getLogger(__name__)
 LISTS = {"image": "images", "annotation": "annotations", "category": "categories"}
-"""COCO's lists, by what an entry of each is called."""
+"""COCO's lists, by the name of one entry."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AnnotatedImage:
     image_id: int
     file_name: str
     size: tuple[int, int]
-    """(height, width), pixels."""
+    """Size (height, width), pixels."""
     truth: Truth
 
 
@@ -36,14 +36,14 @@ class Annotations:
     """The content of a file."""
 
     labels: tuple[Label, ...]
-    """By class id."""
+    """Labels in the order of class ids."""
     images: Sequence[AnnotatedImage]
-    """By image id."""
+    """Images in the order of image ids."""
     counts: BoxCounts
 
 
 def read_annotations(file: Path) -> Annotations:
-    """InvalidDataSet: it is not COCO JSON, or no run can use what it says. What is odd is logged in a line."""
+    """Read a file. InvalidDataSet: it is not COCO JSON, or no run can use it. Irregularities are logged on one line."""
     content = _content(file)
     images, categories = (_by_id(content[kind]) for kind in ("image", "category"))
     if not images or not categories:
@@ -65,7 +65,7 @@ def read_annotations(file: Path) -> Annotations:
 
 
 def _content(file: Path) -> dict[str, list[Fields]]:
-    """The entries of each kind."""
+    """Return the entries of each kind."""
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -80,7 +80,7 @@ def _content(file: Path) -> dict[str, list[Fields]]:
 
 
 def _by_id(entries: Iterable[Fields]) -> dict[int, Fields]:
-    """InvalidDataSet: an id is there twice."""
+    """Index the entries by id. InvalidDataSet: an id is repeated."""
     by_id: dict[int, Fields] = {}
     for entry in entries:
         if by_id.setdefault(number := entry.whole("id"), entry) is not entry:
@@ -100,7 +100,7 @@ def _image(
 
 
 def is_storable(name: str) -> bool:
-    """Tell whether a file can have the name: no NUL, no half of a surrogate pair."""
+    """Tell whether a file can have this name: without NUL and half surrogate pairs."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
@@ -108,7 +108,7 @@ def is_storable(name: str) -> bool:
 
 
 def _labels(file: Path, categories: Mapping[int, Fields], used: Set[int]) -> tuple[Label, ...]:
-    """One for each category, by id, less the parents that nothing is annotated as."""
+    """Make a label for each category, by id, without parent categories that have no annotations."""
     labels = [Label(class_id, categories[class_id].text("name")) for class_id in sorted(categories)]
     unused = [label for label in labels if label.class_id not in used]
     dropped = _parents(
@@ -126,7 +126,7 @@ def _labels(file: Path, categories: Mapping[int, Fields], used: Set[int]) -> tup
 
 
 def _parents(labels: Sequence[Label], unused: Sequence[Label], above: Mapping[int, Any]) -> list[Label]:
-    """The unused labels that another category is below, or shares its name with.
+    """Return the unused categories that are parents of another, or have another's name.
 
     above  each category's supercategory
     """

@@ -1,4 +1,4 @@
-"""Whether a data set's pictures are there and can be read, asked before a run instead of when each one comes up."""
+"""Checks before a run that a data set's pictures exist and can be read."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ SKIP = "--unreadable skip goes on without them"
 
 
 def refuse_absent(data_set: CocoDataSet, *, skip: bool) -> None:
-    """InvalidDataSet: files are not there, or too large to be decoded; with `skip`, all of them. None is opened."""
+    """Raise InvalidDataSet if files are missing or too large to decode; with `skip`, if all are. None is decoded."""
     _refuse(data_set, list(_absent(data_set)), skip=skip)
 
 
 def refuse_unreadable(data_set: CocoDataSet, *, skip: bool, ranks: Ranks = ALONE) -> None:
-    """Decode every picture, shared by the ranks. InvalidDataSet: some cannot be read; with `skip`, all of them."""
+    """Decode every picture, divided among the ranks. InvalidDataSet: some cannot be read; with `skip`, none can."""
     indices = ranks.share(range(len(data_set)))
     problems = []
     what = f"check {data_set.split} pictures"

@@ -1,1 +1,1 @@
-"""Pictures out of a seed: the demo data set, drawn."""
+"""The demo data set, drawn from a seed."""

@@ -1,9 +1,9 @@
-"""Draws the demo data set: eight shapes on varied grounds, with COCO-format annotations.
+"""Drawing of the demo data set: eight shapes on varied backgrounds, with COCO-format annotations.
 
 A picture is a pure function of (seed, split, index): the same seed gives the same bytes for any number of workers, and
-train and val share no random stream. Boxes come from the shapes' contours, clipped to the picture, not from thresholded
-pixels; an object partly covered by another keeps its whole box. Pictures are 480 pixels on the shorter side; a detector
-that enlarges it to 800 sees objects of 16 to 550 pixels.
+train and val share no random stream. Boxes are computed from the shapes' contours, clipped to the picture, not from
+thresholded pixels. An object partly covered by another keeps its whole box. The shorter side of a picture is 480
+pixels; a detector that enlarges it to 800 sees objects of 16 to 550 pixels.
 """
 
 import json
@@ -28,10 +28,10 @@ from training.demo import scenery, shapes
 from training.demo.shapes import SHAPES, Shape
 
 LABELS = tuple(SHAPES)
-"""Category id 1 first."""
+"""Labels in the order of category ids, from 1."""
 SPLITS = ("train", "val")
 DRAWING_VERSION = "1"
-"""Part of every data set; changes whenever the same seed gives other pictures."""
+"""Version stored in every data set; it changes whenever the same seed gives other pictures."""
 
 _SHORTER_SIDE = 480
 _LONGER_SIDES = (480, 600, 640, 672, 720)
@@ -52,20 +52,20 @@ class DrawnPicture:
     labels: NDArray[np.int64]
     """[objects] category ids."""
     areas: NDArray[np.float64]
-    """[objects] of the shapes inside the picture, covered parts included, square pixels."""
+    """[objects] areas of the shapes inside the picture, with covered parts, square pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedObject:
     category_id: int
     shape: Shape
-    """Whole, though the picture's border may cut it."""
+    """The whole shape, though the picture's border may cut it."""
     box: tuple[float, float, float, float]
-    """xyxy, of the part inside the picture."""
+    """Box of the part inside the picture, xyxy."""
     area: float
-    """Area of the part inside the picture, covered or not."""
+    """Area of the part inside the picture, with covered parts."""
     region: tuple[int, int, int, int]
-    """The whole pixels around the box, xyxy."""
+    """The box, extended to whole pixels, xyxy."""
     coverage: NDArray[np.float32]
     """Coverage of each pixel of the region."""
 
@@ -99,7 +99,7 @@ def _picture_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def place_objects(rng: np.random.Generator, height: int, width: int) -> list[PlacedObject]:
-    """In drawing order: an object may cover those before it, as long as enough of each stays visible."""
+    """Place objects, in drawing order. One may cover those before it if enough of each stays visible."""
     objects: list[PlacedObject] = []
     visible: list[NDArray[np.float32]] = []
     wanted = 0 if rng.random() < 0.05 else min(1 + rng.poisson(5.6), _MOST_OBJECTS)
@@ -118,7 +118,7 @@ def place_objects(rng: np.random.Generator, height: int, width: int) -> list[Pla
 
 
 def _random_size(rng: np.random.Generator) -> float:
-    """The longer side of an object's box, log-uniform, with a fixed share of tiny ones."""
+    """Draw the longer side of an object's box, log-uniform, with a fixed share of tiny ones."""
     low, high = (_SMALLEST, _TINY) if rng.random() < _TINY_SHARE else (_TINY, _LARGEST)
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
@@ -126,7 +126,7 @@ def _random_size(rng: np.random.Generator) -> float:
 def _random_object(
     rng: np.random.Generator, category_id: int, size: float, height: int, width: int
 ) -> PlacedObject | None:
-    """None where the picture's border would cut off too much."""
+    """Draw a random object; None: the picture's border would cut off too much."""
     margin = size / 2 if size < 2 * _TINY else size / 8
     shape = shapes.place(
         SHAPES[LABELS[category_id - 1]],
@@ -151,7 +151,7 @@ def _random_object(
 
 
 def _uncovered(earlier: PlacedObject, visible: NDArray[np.float32], later: PlacedObject) -> NDArray[np.float32]:
-    """Compute what of the earlier object's `visible` coverage is left when the later one is drawn."""
+    """Compute the part of the earlier object's `visible` coverage that the later one does not cover."""
     (ax, ay, _, _), (bx, by, _, _) = earlier.region, later.region
     xmin, ymin = max(ax, bx), max(ay, by)
     xmax, ymax = min(earlier.region[2], later.region[2]), min(earlier.region[3], later.region[3])
@@ -183,7 +183,7 @@ def _paint(rng: np.random.Generator, pixels: Pixels, drawn: PlacedObject) -> Non
 def _fill(
     rng: np.random.Generator, colour: NDArray[np.float32], height: int, width: int, textured: bool
 ) -> NDArray[np.float32]:
-    """The colour, plain or with a faint pattern; small objects, not `textured`, stay plain or graded."""
+    """Make an object's colours, plain or with a faint pattern; small objects (not `textured`) stay plain or graded."""
     kind = rng.choice(["plain", "ramp", "stripes", "noise"], p=[0.4, 0.25, 0.2, 0.15])
     if kind == "ramp":
         return colour + scenery.ramp(rng, height, width)[:, :, None] * np.float32(rng.uniform(8, 30))
@@ -196,7 +196,7 @@ def _fill(
 
 
 def _surroundings(pixels: Pixels, region: tuple[int, int, int, int]) -> Pixels:
-    """8 x 8 samples of what the region and its neighbourhood show."""
+    """Take 8 x 8 samples of the region and its neighbourhood."""
     xmin, ymin, xmax, ymax = region
     margin = 2 + max(xmax - xmin, ymax - ymin) // 8
     height, width, _ = pixels.shape
@@ -206,7 +206,7 @@ def _surroundings(pixels: Pixels, region: tuple[int, int, int, int]) -> Pixels:
 
 
 def _contrasting_colour(rng: np.random.Generator, surroundings: Pixels, least_distance: float) -> NDArray[np.float32]:
-    """A random RGB colour, 0 to 255, that far (CIELAB) from nearly all of the surroundings, or the farthest tried."""
+    """Draw an RGB colour, 0 to 255, at this CIELAB distance from nearly all surroundings, or the farthest one tried."""
     colours = scenery.random_colours(rng, 16, saturation=1.0, value=0.15)
     lab = cv2.cvtColor(colours[None] / 255, cv2.COLOR_RGB2LAB)[0]
     around = cv2.cvtColor(surroundings.astype(np.float32) / 255, cv2.COLOR_RGB2LAB).reshape(-1, 3)
@@ -219,8 +219,8 @@ def _contrasting_colour(rng: np.random.Generator, surroundings: Pixels, least_di
 def draw_data_set(out: Path, *, images: int, validation_images: int, seed: int, workers: int | None = None) -> None:
     """Draw `images` and `validation_images` pictures into out/images/{train,val}, then write out/annotations.
 
-    The annotations appear last and at once: a folder that has them is complete. Raises ValueError where it has them
-    already. `workers` processes share the drawing; None stands for one on each core at hand.
+    The annotations appear last and at once, so a folder that has them is complete. ValueError: it has them already.
+    `workers` processes draw; None: one for each available core.
     """
     annotations = out / "annotations"
     if annotations.exists():
@@ -241,7 +241,7 @@ def draw_data_set(out: Path, *, images: int, validation_images: int, seed: int, 
 
 @contextmanager
 def _parallel_map(workers: int) -> Iterator[Callable[..., Iterable["_Annotated"]]]:
-    """The built-in map, or the ordered map of a pool of processes, spawned because a fork would copy held locks."""
+    """Map in this process, or in order by a pool of processes. They are spawned: a fork would copy held locks."""
     if workers == 1:
         yield map
         return
@@ -254,7 +254,7 @@ class _Annotated:
     """The annotations of one picture."""
 
     size: tuple[int, int]
-    """(height, width)."""
+    """Size (height, width), pixels."""
     boxes: NDArray[np.float64]
     labels: NDArray[np.int64]
     areas: NDArray[np.float64]

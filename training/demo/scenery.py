@@ -1,7 +1,7 @@
-"""The demo pictures besides their objects: ground and clutter before them, light, blur and noise after.
+"""The demo pictures without their objects: background and clutter before them, light, blur and noise after.
 
-Pictures are RGB uint8 [height, width, 3]. Everything random comes from the generator passed in. Clutter looks like none
-of the eight shapes: thin curves, specks below the smallest object, ragged polygons, letters that resemble no shape.
+Pictures are RGB uint8 [height, width, 3]. All randomness comes from the generator passed in. Clutter resembles none of
+the eight shapes: thin curves, specks below the smallest object, ragged polygons, letters that resemble no shape.
 """
 
 import statistics
@@ -21,7 +21,7 @@ _NORMAL_QUANTILES = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / 256) f
 
 
 def ramp(rng: np.random.Generator, height: int, width: int) -> Field:
-    """From -1 to 1 in a random direction."""
+    """Make a ramp from -1 to 1 in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     x = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(np.cos(angle))
     y = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(np.sin(angle))
@@ -29,14 +29,14 @@ def ramp(rng: np.random.Generator, height: int, width: int) -> Field:
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Field:
-    """One random value and colour about every `cell` pixels, smooth between."""
+    """Make noise with one random value and colour about every `cell` pixels, smooth between."""
     rows, columns = int(height / cell) + 2, int(width / cell) + 2
     grid = rng.uniform(-1, 1, (rows, columns, 1)) * 0.7 + rng.uniform(-1, 1, (rows, columns, 3)) * 0.3
     return np.asarray(cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC))
 
 
 def stripes(rng: np.random.Generator, height: int, width: int, period: float) -> Field:
-    """Waves of `period` pixels with more or less sharp edges, in a random direction."""
+    """Make waves of `period` pixels with more or less sharp edges, in a random direction."""
     angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
     x = np.arange(width, dtype=np.float32) * np.float32(np.cos(angle) * 2 * np.pi / period)
     y = np.arange(height, dtype=np.float32) * np.float32(np.sin(angle) * 2 * np.pi / period) + np.float32(phase)
@@ -44,7 +44,8 @@ def stripes(rng: np.random.Generator, height: int, width: int, period: float) ->
 
 
 def random_colours(rng: np.random.Generator, num_colours: int, saturation: float, value: float) -> NDArray[np.float32]:
-    """[num_colours, 3] RGB, 0 to 255, any hue; saturation up to and value from the given ones (0 to 1)."""
+    """Draw colours [num_colours, 3] RGB, 0 to 255, of any hue; saturation at most and value at least as given (0 to
+    1)."""
     hsv = np.stack(
         [rng.uniform(0, 360, num_colours), rng.uniform(0, saturation, num_colours), rng.uniform(value, 1, num_colours)],
         axis=1,
@@ -53,7 +54,7 @@ def random_colours(rng: np.random.Generator, num_colours: int, saturation: float
 
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> Pixels:
-    """A plain, graded, noisy, striped or checked ground, half of the time with clutter."""
+    """Draw a plain, graded, noisy, striped or checked background, half of the time with clutter."""
     ground = _draw_ground(rng, height // 2, width // 2)  # soft enough to be drawn at half the size
     pixels = np.asarray(cv2.resize(ground, (width, height), interpolation=cv2.INTER_LINEAR))
     if rng.random() < 0.5:
@@ -78,7 +79,7 @@ def _draw_ground(rng: np.random.Generator, height: int, width: int) -> Pixels:
 
 
 def _tint(rng: np.random.Generator) -> NDArray[np.float32]:
-    """Draw how far the two colours of a pattern lie from their mean, in levels."""
+    """Draw the distance of a pattern's two colours from their mean, in levels."""
     return (rng.uniform(4, 22) * rng.uniform(0.5, 1, 3)).astype(np.float32)
 
 
@@ -130,7 +131,7 @@ def _draw_speck(rng: np.random.Generator, pixels: Pixels, colour: tuple[float, f
 
 
 def photograph(rng: np.random.Generator, pixels: Pixels, most_blur: float) -> Pixels:
-    """Uneven light, blur of a sigma up to `most_blur` pixels, and sensor noise, each on some pictures."""
+    """Add uneven light, blur of a sigma up to `most_blur` pixels, and sensor noise, each to some pictures."""
     height, width, _ = pixels.shape
     if rng.random() < 0.7:
         dark, bright = sorted(rng.uniform(0.6, 1.2, 2))
@@ -144,7 +145,7 @@ def photograph(rng: np.random.Generator, pixels: Pixels, most_blur: float) -> Pi
 
 
 def _add_noise(rng: np.random.Generator, pixels: Pixels, sigma: float) -> Pixels:
-    """Gaussian noise in whole levels: a table of its quantiles, read at random, is cheaper than normal variates."""
+    """Add Gaussian noise in whole levels: reading a table of its quantiles is cheaper than normal variates."""
     table = np.rint(_NORMAL_QUANTILES * sigma).astype(np.int8)
     noise = cv2.LUT(np.frombuffer(rng.bytes(pixels.size), dtype=np.uint8).reshape(pixels.shape), table)
     return np.asarray(cv2.add(pixels, noise, dtype=cv2.CV_8U))

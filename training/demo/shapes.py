@@ -1,4 +1,4 @@
-"""The eight shapes of the demo data set, as geometry: contours, their clipping, their area, the pixels they cover.
+"""The geometry of the demo data set's eight shapes: contours, clipping, area, covered pixels.
 
 A shape is a tuple of contours, the outer one first and its holes after; a contour is [points, 2] (x, y) without a
 repeated last point. Coordinates are continuous pixels: the centre of the top left pixel is (0.5, 0.5), and a picture
@@ -76,12 +76,12 @@ SHAPES: dict[str, Shape] = {
     "heart": (_heart(),),
     "crescent": (_crescent(bite_radius=0.85, bite_x=0.42),),
 }
-"""About the origin, in units of their own. The order is that of the category ids, from 1."""
+"""Shapes around the origin, in units of their own, in the order of category ids, from 1."""
 
 
 def place(shape: Shape, *, size: float, aspect: float, angle: float, centre: tuple[float, float]) -> Shape:
-    """Stretch the shape to width : height = `aspect`, turn it by `angle` radians, then make the longer side of its box
-    `size` pixels and put the box's centre at `centre`.
+    """Stretch the shape to width : height = `aspect` and rotate it by `angle` radians. Then scale the longer side of
+    its box to `size` pixels, and move the box's centre to `centre`.
     """
     stretch = np.array([np.sqrt(aspect), 1 / np.sqrt(aspect)])
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -92,7 +92,7 @@ def place(shape: Shape, *, size: float, aspect: float, angle: float, centre: tup
 
 
 def clip(shape: Shape, width: int, height: int) -> Shape:
-    """The part of the shape inside the picture; empty contours are left out (Sutherland & Hodgman 1974)."""
+    """Clip the shape to the picture, without empty contours (Sutherland & Hodgman 1974)."""
     sides = [(0, 0.0, 1.0), (0, float(width), -1.0), (1, 0.0, 1.0), (1, float(height), -1.0)]
     clipped = []
     for contour in shape:
@@ -104,7 +104,7 @@ def clip(shape: Shape, width: int, height: int) -> Shape:
 
 
 def _clip_side(contour: Contour, distances: NDArray[np.float64]) -> Contour:
-    """Keep where `distances` [points], to the inside of a line, are not negative."""
+    """Keep the part where `distances` [points], towards the inside of a line, are not negative."""
     inside = distances >= 0
     if inside.all():
         return contour
@@ -126,13 +126,14 @@ def _contour_area(contour: Contour) -> float:
 
 
 def box(shape: Shape) -> tuple[float, float, float, float]:
-    """xyxy, exact: no pixel grid is involved."""
+    """Compute the exact box, xyxy, without a pixel grid."""
     (xmin, ymin), (xmax, ymax) = shape[0].min(axis=0), shape[0].max(axis=0)
     return float(xmin), float(ymin), float(xmax), float(ymax)
 
 
 def coverage(shape: Shape, region: tuple[int, int, int, int]) -> NDArray[np.float32]:
-    """The share of each pixel of `region` (xyxy, whole pixels) that the shape covers, 0 to 1: [rows, columns]."""
+    """Compute the share of each pixel of `region` (xyxy, whole pixels) that the shape covers, 0 to 1: [rows,
+    columns]."""
     xmin, ymin, xmax, ymax = region
     columns, rows = xmax - xmin, ymax - ymin
     factor = 8 if max(columns, rows) <= 64 else 4
@@ -143,7 +144,7 @@ def coverage(shape: Shape, region: tuple[int, int, int, int]) -> NDArray[np.floa
 
 
 def stroke(shape: Shape, region: tuple[int, int, int, int], thickness: int) -> NDArray[np.float32]:
-    """As `coverage`, for a line of `thickness` pixels centred on the contours."""
+    """Compute the coverage of a line of `thickness` pixels, centred on the contours."""
     xmin, ymin, xmax, ymax = region
     drawn = np.zeros((ymax - ymin, xmax - xmin), dtype=np.uint8)
     contours = [_fixed_point(contour - (xmin, ymin)) for contour in shape]
@@ -152,5 +153,5 @@ def stroke(shape: Shape, region: tuple[int, int, int, int], thickness: int) -> N
 
 
 def _fixed_point(contour: Contour) -> NDArray[np.int32]:
-    """For OpenCV, which counts from pixel centres, with `shift` bits of fraction."""
+    """Convert to OpenCV's fixed point, which counts from pixel centres, with `shift` bits of fraction."""
     return np.asarray(np.rint((contour - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32))

@@ -1,1 +1,1 @@
-"""How good detections are: COCO's average precision, and what explains it."""
+"""The quality of detections: COCO's average precision, and figures that explain it."""

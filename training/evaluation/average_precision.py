@@ -1,8 +1,8 @@
 """COCO's average precision (Lin et al. 2014), by pycocotools, the reference implementation itself.
 
-In: a data set and results in COCO's format. Out: `ApReport`. What counts as true comes from the loaded data set, never
-from its file: so what is evaluated is what is taught. Where no box was clipped or dropped, the figures are pycocotools'
-own of the file.
+In: a data set and results in COCO's format. Out: `ApReport`. The truth comes from the loaded data set, not from its
+file, so evaluation uses the boxes of training. If no box was clipped or dropped, the figures equal pycocotools' on the
+file.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 Results = list[dict[str, Any]]
 """Detections as `model.types.coco_results` makes them."""
 COUNTED_DETECTIONS = [1, 10, 100, 1000]
-"""COCO's, and 1,000 for proposals: of each picture and class the best so many count, for AP the best 100."""
+"""Most detections of each picture and class that count: COCO's values, and 1,000 for proposals. AP uses 100."""
 
 
 @dataclass(frozen=True)
 class ApReport:
-    """Averages over IoU .50:.95 unless said; 0 to 1, or NaN where the data set has no such object."""
+    """Averages over IoU 0.50 to 0.95, unless named otherwise; 0 to 1, or NaN if the data set has no such object."""
 
     ap: float
     ap50: float
@@ -46,23 +46,23 @@ class ApReport:
     ap_medium: float
     ap_large: float
     recall_100: float
-    """The share of objects found by the best 100 detections of a picture."""
+    """Share of the objects that the best 100 detections of a picture find."""
     recall_1000: float
     recall_1000_by_size: tuple[float, float, float]
-    """small, medium, large"""
+    """Recall of small, medium and large objects."""
     per_class: dict[str, float]
     num_images: int
     precision: np.ndarray[Any, Any] = field(repr=False, compare=False)
-    """[10 IoUs, 101 recalls, classes, 4 areas (all, small, medium, large)] at 100 detections; -1 where there is no such
+    """[10 IoUs, 101 recalls, classes, 4 areas (all, small, medium, large)] at 100 detections; -1 without such an
     object."""
 
     best: OperatingPoint | None = field(default=None, compare=False)
-    """The threshold of the best F1 over all classes at IoU 0.5; None: nothing was found."""
+    """Threshold of the best F1 over all classes at IoU 0.5; None: nothing was found."""
     best_by_class: Sequence[OperatingPoint | None] = field(default=(), repr=False, compare=False)
-    """The same for each class on its own, in the order of `per_class`."""
+    """The same for each class alone, in the order of `per_class`."""
     calibration: Sequence[CalibrationBin] = field(default=(), repr=False, compare=False)
     confusion: np.ndarray[Any, Any] | None = field(default=None, repr=False, compare=False)
-    """int64 [classes + 1, classes + 1] at the best F1: what is there by what was found, the background last."""
+    """int64 [classes + 1, classes + 1] at the best F1: true classes by found classes, the background last."""
 
     def table(self) -> str:
         rows = [
@@ -88,7 +88,7 @@ class ApReport:
 
 
 def average_precision(data_set: CocoDataSet, results: Results, image_ids: Sequence[int]) -> ApReport:
-    """Count the results of the pictures with these ids. An empty list is a detector that found nothing: AP 0.
+    """Evaluate the results of the pictures with these ids. An empty list is a detector that found nothing: AP 0.
 
     In a class-agnostic data set the results' categories do not count: any box may find any object.
     """
@@ -113,7 +113,7 @@ def average_precision(data_set: CocoDataSet, results: Results, image_ids: Sequen
 
 
 def scored_matches(evaluation: COCOeval) -> list[ScoredMatches]:
-    """Take each class's detections and what became of them at IoU 0.5 out of a finished evaluation."""
+    """Take each class's detections, and their matches at IoU 0.5, out of a finished evaluation."""
     params = evaluation.params
     num_classes, num_areas, num_images = max(1, len(params.catIds)), len(params.areaRng), len(params.imgIds)
     matches = []
@@ -131,7 +131,7 @@ def scored_matches(evaluation: COCOeval) -> list[ScoredMatches]:
 
 
 def warn_of_crowding(data_set: CocoDataSet) -> None:
-    """Log how many pictures hold more objects of a class than COCO's AP counts detections."""
+    """Log the number of pictures with more objects of a class than detections that COCO's AP counts."""
     counted = COUNTED_DETECTIONS[-2]
     objects = (picture.truth.columns[~picture.truth.crowds] for picture in data_set.pictures)
     crowded = sum(len(columns) > counted and bool(np.bincount(columns).max() > counted) for columns in objects)
@@ -144,7 +144,7 @@ def warn_of_crowding(data_set: CocoDataSet) -> None:
 
 
 def coco_truth(data_set: CocoDataSet, image_ids: Sequence[int]) -> dict[str, Any]:
-    """Make COCO's JSON of what is taught about these pictures, crowds too; annotation ids from 1, for pycocotools."""
+    """Make COCO's JSON of these pictures' truth, with crowds; annotation ids begin at 1, as pycocotools needs."""
     chosen = set(image_ids)
     pictures = [picture for picture in data_set.pictures if picture.image_id in chosen]
     annotations = [annotation for picture in pictures for annotation in _annotations(picture, data_set)]

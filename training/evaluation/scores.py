@@ -1,7 +1,7 @@
-"""The worth of a score: the threshold of the best F1, calibration, and which class is taken for which.
+"""The meaning of scores: the threshold of the best F1, calibration, and the confusion of classes.
 
-In:  detections of each class with whether pycocotools matched them to an object at IoU 0.5, as AP50 counts them; those
-     in crowds are left out. Out: `OperatingPoint`s, `CalibrationBin`s, a confusion matrix.
+In:  detections of each class, and whether pycocotools matched them to an object at IoU 0.5, as for AP50; those in
+     crowds are left out. Out: `OperatingPoint`s, `CalibrationBin`s, a confusion matrix.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from training.coco import CocoDataSet
 BINS = 10
 """Equal parts of the scores from 0 to 1."""
 CONFUSED_IOU = 0.5
-"""IoU from which on a detection is of an object, whatever its class."""
+"""Least IoU of a detection with its object, of any class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +26,13 @@ class ScoredMatches:
 
     scores: NDArray[np.float64]
     found: NDArray[np.bool_]
-    """Whether each finds an object that no better one found."""
+    """True for each detection that finds an object which no better one found."""
     num_objects: int
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """The result of keeping what scores more than a threshold."""
+    """The result of keeping detections above a threshold."""
 
     threshold: float
     precision: float
@@ -49,11 +49,11 @@ class CalibrationBin:
     count: int
     mean_score: float
     precision: float
-    """Share of them that find an object; equal to the mean score where scores are probabilities."""
+    """Share of the bin's detections that find an object; equals the mean score if scores are probabilities."""
 
 
 def pooled(classes: Sequence[ScoredMatches]) -> ScoredMatches:
-    """Take the detections of all classes together, each object counting the same."""
+    """Join the detections of all classes; each object has the same weight."""
     return ScoredMatches(
         np.concatenate([np.zeros(0), *(each.scores for each in classes)]),
         np.concatenate([np.zeros(0, np.bool_), *(each.found for each in classes)]),
@@ -62,7 +62,7 @@ def pooled(classes: Sequence[ScoredMatches]) -> ScoredMatches:
 
 
 def best_f1(matches: ScoredMatches) -> OperatingPoint | None:
-    """Find the threshold of the highest F1, midway between two scores; None: nothing is found at any."""
+    """Find the threshold of the highest F1, midway between two scores; None: no threshold finds an object."""
     order = np.argsort(-matches.scores, kind="stable")
     scores, found = matches.scores[order], matches.found[order].cumsum()
     kept = np.arange(1, len(scores) + 1)
@@ -97,10 +97,10 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
 def confusion(
     data_set: CocoDataSet, results: Sequence[Mapping[str, Any]], image_ids: Sequence[int], threshold: float
 ) -> NDArray[np.int64]:
-    """Count [classes + 1, classes + 1]: what is there by what was found; the last of each is the background.
+    """Count [classes + 1, classes + 1]: true classes by found classes; the last of each is the background.
 
-    Detections of more than `threshold` take, best first, the free object of any class that they overlap most, from
-    CONFUSED_IOU on. Those that only lie in a crowd are left out, and so are those of classes that the data set lacks.
+    Detections above `threshold`, best first, take the free object of any class that they overlap most, at CONFUSED_IOU
+    or more. Those that only lie in a crowd, or have a class that the data set lacks, are left out.
     """
     columns = {label.class_id: column for column, label in enumerate(data_set.labels)}
     kept: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in image_ids}
@@ -121,7 +121,7 @@ def confusion(
 def _pairs(
     boxes: NDArray[np.float64], crowds: NDArray[np.bool_], found: Sequence[Sequence[float]]
 ) -> Iterator[tuple[int | None, int | None]]:
-    """Yield (object, detection) of one picture, each once; None stands for the background."""
+    """Yield each (object, detection) of one picture; None is the background."""
     free = ~crowds
     iou = mask.iou(np.array(found), boxes, crowds.astype(int).tolist()) if found and len(boxes) else None
     for index in range(len(found)):

@@ -1,1 +1,1 @@
-"""Weights in and out: torchvision's, other checkpoints', ONNX files."""
+"""Import and export of weights: torchvision's, other checkpoints', ONNX files."""

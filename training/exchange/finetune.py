@@ -1,9 +1,9 @@
 """Fine-tuning: a training that starts from a checkpoint's weights, with the classes of its own data set.
 
-The architecture is the checkpoint's; the preset gives all else. A flag may change what holds no weights, such as the
-anchors' sizes; one that does not fit the weights is refused. Every weight is kept but those of the classification
-layer's columns: a class keeps its column if the checkpoint knows its name, another starts with the prior, as in a
-fresh network. The checkpoint may be one that `python -m training import` made of torchvision's COCO weights.
+The architecture is the checkpoint's; the preset defines everything else. A flag may change values without weights, such
+as the anchors' sizes; one that does not fit the weights is refused. All weights are kept, except some columns of the
+classification layer: a class keeps its column if the checkpoint has a class of that name; another starts with the
+prior, as in a new network. `python -m training import` makes such a checkpoint of torchvision's COCO weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from training.config import TrainConfig, with_flags
 
 LOGITS = ("head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias")
 BATCH_COUNTER = ".num_batches_tracked"
-"""Batch norms count their batches, frozen ones do not; nothing is computed from it."""
+"""Ending of the batch norms' counters, which frozen norms lack and which have no effect."""
 NAMED = 5
-"""Classes that are told by name before it says how many more there are."""
+"""Most classes that a message names before it counts the others."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The fate of a checkpoint's weights."""
+    """The classes of a checkpoint and of the data set, by what became of their columns."""
 
     tensors_kept: int
     kept: tuple[str, ...]
@@ -35,7 +35,7 @@ class Transfer:
     fresh: tuple[str, ...]
     """Classes whose column starts with the prior."""
     dropped: tuple[str, ...]
-    """Classes of the checkpoint that the data set has not."""
+    """Classes of the checkpoint that the data set lacks."""
 
     def __str__(self) -> str:
         return (
@@ -45,13 +45,13 @@ class Transfer:
 
 
 def fine_tuning_config(checkpoint: Checkpoint, preset: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
-    """The preset with the checkpoint's architecture; flags win over both."""
+    """Make the preset with the checkpoint's architecture; flags override both."""
     config = with_flags(replace(preset, model=checkpoint.config.model), flags)
     return replace(config, pretrained_backbone=False)  # its weights come from the checkpoint
 
 
 def lineage(checkpoint: Checkpoint) -> str:
-    """Tell how the weights that a training starts from were made, the newest part first."""
+    """Describe how the initial weights of a training were made, the newest part first."""
     notes = checkpoint.training or {}
     made = notes.get("command") or notes.get("imported") or "unknown"
     parts = [f"{made} (commit {notes.get('commit') or 'unknown'}, {checkpoint.step} steps)"]
@@ -60,7 +60,7 @@ def lineage(checkpoint: Checkpoint) -> str:
 
 @torch.no_grad()
 def transfer(network: RetinaNet, checkpoint: Checkpoint, labels: Sequence[Label]) -> Transfer:
-    """Give a fresh network of `labels` the checkpoint's best weights. InvalidCheckpoint: they do not fit it."""
+    """Load the checkpoint's best weights into a new network of `labels`. InvalidCheckpoint: they do not fit."""
     expected, given = network.state_dict(), checkpoint.best_weights
     _refuse_misfits(given, expected)
     state = {name: given.get(name, fresh) for name, fresh in expected.items()}
@@ -81,9 +81,9 @@ def transfer(network: RetinaNet, checkpoint: Checkpoint, labels: Sequence[Label]
 
 
 def freeze_stages(network: RetinaNet, count: int) -> None:
-    """Fix the first `count` stages of the backbone, the stem being one: weights, and batch norm by its statistics.
+    """Freeze the first `count` stages of the backbone (1 is the stem): weights and batch norm statistics.
 
-    To be repeated whenever the network is put into training mode. ValueError: the backbone has fewer stages.
+    Repeat it whenever the network is put into training mode. ValueError: the backbone has fewer stages.
     """
     stages = backbone_stages(network.backbone.body)
     if not 0 <= count <= len(stages):
@@ -94,7 +94,7 @@ def freeze_stages(network: RetinaNet, count: int) -> None:
 
 
 def backbone_stages(body: nn.Module) -> list[list[nn.Module]]:
-    """The body's modules by stage, stem first: a `layer` of a ResNet; in MobileNetV3 a halving block begins one."""
+    """Return the body's modules by stage, stem first: a ResNet's `layer`; in MobileNetV3 a stride begins a stage."""
     stages: list[list[nn.Module]] = [[]]
     for name, module in body.named_children():
         if name.startswith("layer") or getattr(module, "_is_cn", False):
@@ -104,7 +104,7 @@ def backbone_stages(body: nn.Module) -> list[list[nn.Module]]:
 
 
 def _by_class(values: Tensor, num_classes: int) -> Tensor:
-    """[anchors * classes, ...], anchor-major -> [anchors, classes, ...]"""
+    """Reshape [anchors * classes, ...], anchor-major, to [anchors, classes, ...]."""
     return values.reshape(-1, num_classes, *values.shape[1:])
 
 

@@ -1,11 +1,11 @@
 """fp32 ONNX -> int8 ONNX for CPUs: QDQ form, activations uint8, weights int8 for each output channel (U8S8).
 
-The ranges of activations come from pictures of the data set at the size that is served. Only the network is quantised:
-what comes before the first convolution and after the last stays fp32. With VNNI (servers' x86 since 2019, AMD's since
-Zen 4) this is the fastest form on a CPU. Without it the kernels add two products of 8 bits each in 16, where they can
-saturate: 2 × 255 × 127 does not fit, 2 × 255 × 63 does. `reduce_range` therefore leaves weights 7 bits, which is exact
-on every CPU and costs some precision on all; less speed is to be won without VNNI. int8 activations (S8S8) are
-slower on x86 and not offered.
+The ranges of activations come from pictures of the data set at the served size. Only the network is quantised: nodes
+before the first convolution and after the last stay fp32. With VNNI (servers' x86 since 2019, AMD's since Zen 4) this
+is the fastest form on a CPU. Without VNNI the kernels add two products of 8 bits in 16 bits, where they can saturate: 2
+× 255 × 127 does not fit, 2 × 255 × 63 does. `reduce_range` therefore gives weights 7 bits, which is exact on every CPU
+and costs some precision on all. Without VNNI the gain in speed is smaller. int8 activations (S8S8) are slower on x86
+and not offered.
 """
 
 import tempfile
@@ -25,8 +25,8 @@ Fp32Layers = Literal["none", "boxes", "outputs"]
 FP32_LAYERS: Mapping[Fp32Layers, tuple[str, ...]] = {
     "none": (), "boxes": ("bbox_reg",), "outputs": ("bbox_reg", "cls_logits")
 }  # fmt: skip
-"""Layers that may stay fp32, by the names of their weights. The box layer's answers do not fit 8 bits: without it the
-demo model lost .08 AP; the class layer is where most of an output's time goes, and lost it .0015
+"""Layers that may stay fp32, by the names of their weights. The box layer's outputs do not fit 8 bits: in int8 it costs
+the demo model 0.08 AP. The class layer takes most of the outputs' time, and costs 0.0015 AP in int8
 (docs/benchmarks.md)."""
 
 
@@ -37,8 +37,10 @@ def quantise(
     fp32_layers: Fp32Layers = "boxes",
     reduce_range: bool = False,
 ) -> onnx.ModelProto:
-    """fp32_layers  the layers that stay as they are
-    reduce_range    weights of 7 bits, for CPUs without VNNI
+    """Quantise the network of a model.
+
+    fp32_layers   the layers that stay in fp32
+    reduce_range  give weights 7 bits, for CPUs without VNNI
     """
     nodes = [node for node in network_nodes(model) if node.op_type in QUANTISED_OPERATORS]
     kept = FP32_LAYERS[fp32_layers]
@@ -64,8 +66,8 @@ def quantise(
 
 
 def with_shapes_of_what_is_stored(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Ask the 8-bit tensor for its shape, not the floats made of it: ONNX Runtime would make them once more for that
-    (at each group norm, 2 % of a ResNet-50's time)."""
+    """Let Shape nodes read the 8-bit tensor, not its floats, which ONNX Runtime would compute again for that (at each
+    group norm, 2 % of a ResNet-50's time)."""
     stored = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for node in model.graph.node:
         if node.op_type == "Shape":
@@ -74,7 +76,7 @@ def with_shapes_of_what_is_stored(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def network_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The convolutions and all that they need, in order: the graph without selection and box decoding."""
+    """Return the convolutions and all nodes that they need, in order: the graph without selection and box decoding."""
     producers: Mapping[str, onnx.NodeProto] = {output: node for node in model.graph.node for output in node.output}
     waiting = [node for node in model.graph.node if node.op_type == "Conv"]
     found: set[str] = set()

@@ -1,9 +1,8 @@
-"""Checkpoint -> one ONNX file, checked against torch before it gets its name.
+"""Export of a checkpoint to one ONNX file, which is compared with torch before it gets its name.
 
-The file holds everything from canvases to candidates (normalisation, network, top-k, box decoding) at opset 18,
-with its weights inside and what the service must know in `metadata_props`. It is written to a temporary name, run
-by ONNX Runtime at a batch and canvas other than the traced ones, and renamed only if it agrees with torch;
-otherwise nothing is left behind.
+The file holds everything from canvases to candidates (normalisation, network, top-k, box decoding) at opset 18, the
+weights, and the service's information in `metadata_props`. It is written under a temporary name and run by ONNX Runtime
+with another batch and canvas than the traced ones. It is renamed if it agrees with torch, and deleted otherwise.
 """
 
 import copy
@@ -34,36 +33,36 @@ from training.exchange.winograd import to_winograd
 
 log = logging.getLogger(__name__)
 OPSET = 18
-"""Every operator that the graph uses has a CUDA kernel at it; from 21 on, GroupNorm falls apart into primitives."""
+"""Opset. In 18 every operator of the graph has a CUDA kernel; from 21 on, GroupNorm is split into primitives."""
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels")
 TRACED = (2, 256, 384)
 CHECKED = (3, 96, 224)
-"""(batch, height, width). No side of a traced level may be 1: the exporter would take it for a constant."""
+"""Batch, height and width that are compared. No side of a traced level may be 1, which would become a constant."""
 SCORE_TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.2}
 BOX_TOLERANCE: Mapping[Precision, float] = {"fp32": 0.05, "fp16": 4.0, "int8": 16.0}
-"""Canvas pixels."""
+"""Largest difference of boxes, canvas pixels."""
 COMPARED = 100
 MISSING_ALLOWED: Mapping[Precision, int] = {"fp32": 0, "fp16": 0, "int8": 20}
-"""Candidates of the best COMPARED of an image; int8 is a safeguard against nonsense, its worth is its AP."""
+"""Most of an image's best COMPARED candidates that may be missing. For int8 it only detects nonsense; AP judges it."""
 
 
 class ExportFailed(RuntimeError):
-    """The file's answers are not torch's, or the graph does not pass ONNX's own checks."""
+    """The file's outputs differ from torch's, or the graph does not pass ONNX's own checks."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The pictures that int8 takes the ranges of its activations from."""
+    """The pictures that give the ranges of int8's activations."""
 
     data_set: CocoDataSet
     num_images: int = 100
     fp32_layers: Fp32Layers = "boxes"
     reduce_range: bool = False
-    """Weights of 7 bits: exact without VNNI too, see training/exchange/int8.py."""
+    """Give weights 7 bits, which is exact without VNNI too, see training/exchange/int8.py."""
 
     def canvases(self, resize: ResizePolicy) -> Iterator[CanvasImage]:
-        """Pictures from all over the data set."""
+        """Make canvases of pictures from all parts of the data set."""
         count = min(self.num_images, len(self.data_set))
         for index in np.linspace(0, len(self.data_set) - 1, count).astype(int):
             yield to_canvas(self.data_set.read(int(index)), resize)
@@ -78,7 +77,7 @@ def export(
     calibration: Calibration | None = None,
     made_for: MadeFor = "any",
 ) -> ModelMetadata:
-    """Write the ONNX file. ExportFailed: it would not do what the checkpoint does; then `out` is as it was.
+    """Write the ONNX file. ExportFailed: it differs from the checkpoint; then `out` is unchanged.
 
     ValueError: int8 without a calibration, or `made_for` a CPU in another precision than fp32.
     """
@@ -113,7 +112,7 @@ def export(
 
 
 def half_network(detector: CandidateDetector) -> CandidateDetector:
-    """A copy whose network computes in fp16. Selection and decoding stay fp32: above 2,048, fp16 knows no halves."""
+    """Copy the detector with the network in fp16. Selection and decoding stay fp32: above 2,048 fp16 has no halves."""
     half = copy.deepcopy(detector)
     half.network.half()
     return half
@@ -140,7 +139,7 @@ def to_onnx(detector: CandidateDetector) -> onnx.ModelProto:
 
 
 def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model less the exporter's notes on where each value comes from: they hold paths of this machine."""
+    """Remove the exporter's notes on the origin of each value, which hold paths of this machine."""
     graph = model.graph
     for entry in [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
         del entry.metadata_props[:]
@@ -148,7 +147,7 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_equal(detector: CandidateDetector, file: Path, precision: Precision, examples: tuple[Tensor, Tensor]) -> None:
-    """Run both on (images, sizes) at another batch and canvas than the traced ones. ExportFailed: they differ."""
+    """Run both with another batch and canvas than the traced ones. ExportFailed: they differ."""
     images, sizes = examples
     with torch.inference_mode():
         expected = [output.numpy() for output in detector(images, sizes)]
@@ -163,7 +162,7 @@ def check_equal(detector: CandidateDetector, file: Path, precision: Precision, e
 
 
 def _compare(found: Candidates, expected: Candidates, precision: Precision) -> None:
-    """Every one of torch's best candidates must be among ONNX Runtime's; equal scores may come in another order."""
+    """Check that each of torch's best candidates is among ONNX Runtime's; equal scores may be in another order."""
     best = np.argsort(-expected.scores)[:COMPARED]
     same_label = expected.labels[best, None] == found.labels
     score_error = np.abs(expected.scores[best, None] - found.scores)
@@ -179,7 +178,7 @@ def canvas_inputs(canvas: CanvasImage) -> tuple[Tensor, Tensor]:
 
 
 def example_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Noise, each image with a valid part of another size."""
+    """Make noise images, each with a valid part of another size."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
     sizes = torch.tensor([[height - 7 * image, width - 3 * image] for image in range(batch)])
@@ -188,7 +187,7 @@ def example_inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's chatter about its own deprecations."""
+    """Silence the exporter's warnings about its own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,13 +1,13 @@
-"""torchvision's RetinaNet weights -> a checkpoint of ours, which evaluates, exports and serves like any other.
+"""Import of torchvision's RetinaNet weights into a checkpoint of ours, which evaluates and exports like any other.
 
 In:  the state dict of a `retinanet_resnet50_fpn` or `_v2`, from a file or by torchvision's own download and cache.
      Both key layouts are read: in the older one the convolutions of heads and pyramid have no inner index.
 Out: the checkpoint; nothing is written before every name and shape fits.
 
-A column of the classification layer is a class id, as torchvision's training has it: column 0 is its background, whose
-score it reports like any other, and so do we. COCO's ids therefore come out unchanged, gaps included.
+A column of the classification layer is a class id, as in torchvision's training: column 0 is its background, whose
+score torchvision reports like any other, and so do we. COCO's ids therefore stay the same, with their gaps.
 
-The official v1 weights want a batch-norm epsilon of 0: they were trained before frozen batch norm had one.
+The official v1 weights need a batch-norm epsilon of 0: they were trained before frozen batch norm had one.
 """
 
 import json
@@ -33,11 +33,11 @@ from training.exchange.weights_file import InvalidWeights, read_state
 
 log = logging.getLogger(__name__)
 COCO = "coco"
-"""Stands for torchvision's own weights, trained on COCO train2017, instead of a file."""
+"""Name of torchvision's own weights, trained on COCO train2017, in place of a file."""
 NORM_EPSILON = 1e-5
 LOGITS_BIAS = "head.classification_head.cls_logits.bias"
 NAMED_PROBLEMS = 3
-"""The number of misfits that are told by name."""
+"""Most mismatches that an error names."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def import_weights(
 ) -> Checkpoint:
     """Make a checkpoint of `weights` (COCO or a file's path) for one of ARCHITECTURES.
 
-    norm_epsilon  of the backbone's batch norm; None: 0 for the published v1 file, which is known by its name, else 1e-5
-    flags         values of anchors and resize by name, where they are not the architecture's; None counts as absent
-    InvalidWeights: they cannot be had, or do not fit, or the labels do not fit them.
+    norm_epsilon  epsilon of the backbone's batch norm; None: 0 for the published v1 file (by its name), else 1e-5
+    flags         values of anchors and resize, by name, that differ from the architecture's; None counts as absent
+    InvalidWeights: the weights cannot be read or do not fit, or the labels do not fit them.
     """
     architecture = ARCHITECTURES[name]
     is_published = weights == COCO or Path(weights).name == architecture.published_file
@@ -107,12 +107,12 @@ def import_weights(
 
 
 def _single(value: Tensor) -> Tensor:
-    """In single precision, if it is of another."""
+    """Convert to single precision, if it has another."""
     return value.float() if value.is_floating_point() else value
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the names of the newer layout, from either."""
+    """Rename from either layout to the newer one."""
     return {_renamed(key): value for key, value in state.items()}
 
 
@@ -127,11 +127,11 @@ def _renamed(key: str) -> str:
 
 
 def read_labels(file: Path, num_columns: int) -> tuple[Label, ...]:
-    """A name for every column, from one of two formats.
+    """Read a name for every column, from one of two formats.
 
     COCO's JSON: the `categories` name the columns of their ids; a column without one is called N/A.
     Text: line n (from 0) names column n; there are as many lines as columns.
-    Repeated names are told apart by their column. InvalidWeights: the file is of neither kind, or does not fit.
+    Repeated names get their column's number. InvalidWeights: the file has neither format, or does not fit.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -172,7 +172,7 @@ def _load(architecture: Architecture, weights: str) -> Mapping[str, Tensor]:
 
 
 def _check_fit(state: Mapping[str, Tensor], config: RetinaNetConfig, failure: str) -> int:
-    """The number of classes. InvalidWeights: a name or a shape is not the network's."""
+    """Return the number of classes. InvalidWeights: a name or a shape is not the network's."""
     if LOGITS_BIAS not in state:
         raise InvalidWeights(f"{failure}: it lacks {LOGITS_BIAS}")
     num_columns = max(1, state[LOGITS_BIAS].numel() // config.level_anchors.per_cell)

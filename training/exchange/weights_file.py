@@ -1,9 +1,9 @@
-"""A file of weights as people have them -> a state dict on the network's own names.
+"""Reading of common files of weights into a state dict on the network's own names.
 
-Read are a state dict, one inside the usual dicts (torchvision's reference training, Lightning, and their like), one
-whose names begin with `module.`, `model.` or more (DataParallel, Lightning, torch.compile), and safetensors. Nothing in
-a file is executed: what holds more than tensors and plain values is refused, with the line of Python that makes it
-readable.
+The file may be a state dict, a checkpoint with a state dict in it (torchvision's reference training, Lightning and
+others), or safetensors. Names may begin with `module.`, `model.` or more (DataParallel, Lightning, torch.compile).
+Nothing in a file is executed: a file with more than tensors and plain values is refused, with the line of Python that
+makes it readable.
 """
 
 import argparse
@@ -19,23 +19,23 @@ import torch
 from torch import Tensor
 
 ENTRIES = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "model_ema", "ema")
-"""The names of a state dict within a training's checkpoint, the first that is there wins."""
+"""Names of a state dict in a training checkpoint; the first that exists is used."""
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "U8": torch.uint8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors format's own limit."""
+"""Longest header, by the safetensors format's own limit."""
 
 
 class InvalidWeights(ValueError):
-    """The weights are not those of the architecture, or the labels are not those of the weights."""
+    """The weights do not fit the architecture, or the labels do not fit the weights."""
 
 
 def read_state(file: Path, known: str) -> dict[str, Tensor]:
-    """Read the state dict; `known` is a name in it, before which other names are cut off.
+    """Read the state dict. `known` is a name in it; a prefix before it is removed from all names.
 
-    InvalidWeights: the file cannot be read, or holds none.
+    InvalidWeights: the file cannot be read, or holds no state dict.
     """
     try:
         content = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
@@ -45,7 +45,7 @@ def read_state(file: Path, known: str) -> dict[str, Tensor]:
 
 
 def without_prefix(state: Mapping[str, Tensor], known: str) -> dict[str, Tensor]:
-    """Keep the entries whose names begin as that of `known` does, without that beginning."""
+    """Keep the entries that have the prefix of `known`, without it."""
     prefix = next((name.removesuffix(known) for name in state if name.endswith(known)), "")
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -71,7 +71,7 @@ def _torch(file: Path) -> Any:
 
 
 def _advice(file: Path) -> str:
-    """Say what of it is not read, and how to make a state dict of it where that is known."""
+    """Say what cannot be read, and how to make a state dict of it if that is known."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except Exception:  # whatever the bytes lead the unpickler to
@@ -85,7 +85,8 @@ def _advice(file: Path) -> str:
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
-    """A header of JSON, its length before it, then the tensors' bytes (huggingface.co/docs/safetensors)."""
+    """Read safetensors: the header's length, the header in JSON, the tensors' bytes
+    (huggingface.co/docs/safetensors)."""
     content = bytearray(file.read_bytes())
     try:
         (length,) = struct.unpack_from("<Q", content)

@@ -1,1 +1,1 @@
-"""To look at a run: its figures, its validation, its page."""
+"""The report of a run: its metrics, its validation, its page."""

@@ -1,12 +1,12 @@
-"""The anchors' fit to a data set's objects, before a training begins.
+"""The fit of anchors to a data set's objects, before a training begins.
 
 In:  the boxes of a COCO-format data set (no pictures are read), the resize of evaluation and service, the anchors.
-Out: `AnchorFit`: every object's best IoU with an anchor of the real grids, where the positive anchors come from, and
-other sizes and ratios where those reach more objects.
+Out: `AnchorFit`: every object's best IoU with an anchor of the real grids, the levels of positive anchors, and other
+sizes and ratios if they reach more objects.
 
 A level's anchors of one shape lie on a lattice, and the IoU of two boxes of given sizes falls with the distance of
-their centres along either axis. So the nearest anchor is the best one, and an object costs one IoU for each shape (45)
-instead of one for each anchor (200,000). That is exact; a million objects take seconds.
+their centres along either axis. So the nearest anchor is the best one, and an object needs one IoU for each shape (45)
+instead of one for each anchor (200,000). The result is exact; a million objects take seconds.
 """
 
 import itertools
@@ -28,19 +28,19 @@ from training.transforms import TensorTarget
 
 Floats = NDArray[np.float32]
 SIDES = (0, 16, 32, 64, 128, 256, 512, np.inf)
-"""Edges of the classes of side, canvas pixels; an object's side is the root of its area."""
+"""Edges of the size classes, canvas pixels; an object's side is the square root of its area."""
 MATCHED_PICTURES = 64
-"""Pictures that the matcher itself looks at, to count positive anchors."""
+"""Pictures in which the matcher counts positive anchors."""
 SEARCHED_OBJECTS = 4000
-"""Objects that a better configuration is sought on."""
+"""Objects on which a better configuration is searched."""
 FEWEST_OBJECTS = 100
-"""Objects below which a suggestion would suit only them."""
+"""Fewest objects for a suggestion; with fewer it would fit only them."""
 SIZE_FACTORS = tuple(2 ** (step / 4) for step in range(-10, 11))
-"""Factors of the base sizes, tried one after the other."""
+"""Factors on the base sizes that are tried."""
 SIMILAR = 0.005
-"""Share of the objects that one more aspect ratio has to reach, for it costs computing in every cell."""
+"""Least share of the objects that one more aspect ratio must reach, because it costs computing in every cell."""
 WORTHWHILE = 0.02
-"""A suggestion reaches at least this much more of the objects."""
+"""Least additional share of the objects that a suggestion reaches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class CanvasObjects:
     sizes: Floats
     """[objects, 2] (height, width)"""
     canvases: NDArray[np.int64]
-    """[objects, 2] (height, width) of the canvas that each lies on."""
+    """[objects, 2] (height, width) of each object's canvas."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -63,7 +63,7 @@ class CanvasObjects:
         return sides
 
     def sample(self, count: int) -> "CanvasObjects":
-        """At most `count` of them, the same ones each time."""
+        """Return at most `count` of the objects, always the same ones."""
         drawn = np.random.default_rng(0).permutation(len(self))[:count]
         return CanvasObjects(self.centres[drawn], self.sizes[drawn], self.canvases[drawn])
 
@@ -80,7 +80,7 @@ class BestAnchors:
 class Suggestion:
     anchors: AnchorConfig
     recall: float
-    """Share of the objects, as `AnchorFit.recall`."""
+    """Share of the objects with a good anchor, as `AnchorFit.recall`."""
 
     @property
     def flags(self) -> str:
@@ -93,7 +93,7 @@ class Suggestion:
 class AnchorFit:
     anchors: AnchorConfig
     threshold: float
-    """IoU from which on an anchor is an object's."""
+    """Least IoU of an anchor with its object."""
     sides: Floats
     """[objects] canvas pixels"""
     best: BestAnchors
@@ -103,11 +103,11 @@ class AnchorFit:
 
     @property
     def recall(self) -> float:
-        """Share of the objects that an anchor overlaps by the threshold; the others keep only their best anchor."""
+        """Share of the objects with an anchor at the threshold or above; the others keep only their best anchor."""
         return share(self.best.iou >= self.threshold)
 
     def by_side(self) -> Iterator[tuple[str, int, float, float]]:
-        """For each class of side: its name, number of objects, recall, mean best IoU."""
+        """Return each size class's name, number of objects, recall and mean best IoU."""
         for low, high in itertools.pairwise(SIDES):
             iou = self.best.iou[(self.sides >= low) & (self.sides < high)]
             name = f"{low:g} to {high:g} px" if high < np.inf else f"from {low:g} px"
@@ -115,7 +115,7 @@ class AnchorFit:
                 yield name, len(iou), share(iou >= self.threshold), float(iou.mean())
 
     def by_level(self) -> Iterator[tuple[str, float, float]]:
-        """For each level: its name, share of the objects whose best anchor is there, positive anchors a picture."""
+        """Return each level's name, share of the objects whose best anchor it has, and positive anchors a picture."""
         for level, positives in zip(self.anchors.levels, self.positives, strict=True):
             yield f"P{level}", share(self.best.level == level), positives
 
@@ -151,7 +151,7 @@ def fit_anchors(data_set: CocoDataSet, resize: ResizePolicy, anchors: AnchorConf
 
 
 def canvas_objects(pictures: Sequence[Picture], resize: ResizePolicy) -> CanvasObjects:
-    """The objects of all pictures, each picture resized and padded as for evaluation; crowds are left out."""
+    """Return the objects of all pictures, resized and padded as for evaluation, without crowds."""
     each = [picture.target.on_canvas(picture.size, resize).boxes for picture in pictures]
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *each])
     canvases = np.array([_canvas_size(picture, resize) for picture in pictures]).reshape(-1, 2)
@@ -160,7 +160,7 @@ def canvas_objects(pictures: Sequence[Picture], resize: ResizePolicy) -> CanvasO
 
 
 def best_anchors(objects: CanvasObjects, config: AnchorConfig) -> BestAnchors:
-    """Each object's best anchor of all levels and cells."""
+    """Find each object's best anchor of all levels and cells."""
     best = BestAnchors(np.full(len(objects), -1, np.float32), np.zeros(len(objects), np.int64))
     for level, base_size in zip(config.levels, config.base_sizes, strict=True):
         offsets = _centre_offsets(objects, level, config)
@@ -174,7 +174,7 @@ def best_anchors(objects: CanvasObjects, config: AnchorConfig) -> BestAnchors:
 def positives_by_level(
     pictures: Sequence[Picture], resize: ResizePolicy, config: AnchorConfig, loss: LossConfig
 ) -> tuple[float, ...]:
-    """Positive anchors in a picture with objects, by the matcher itself, on average over some from all of the data."""
+    """Count the positive anchors of each level in a picture with objects, by the matcher: the mean over a sample."""
     with_objects = [picture for picture in pictures if len(picture.target.boxes)]
     count = min(MATCHED_PICTURES, len(with_objects))
     chosen = [with_objects[index] for index in np.linspace(0, len(with_objects) - 1, count).astype(int)]
@@ -197,11 +197,11 @@ def positives_by_level(
 
 
 def suggest(objects: CanvasObjects, config: AnchorConfig, threshold: float, present_recall: float) -> Suggestion | None:
-    """Seek sizes and ratios with which clearly more objects have an anchor; None: there are none, or too few objects to
-    say so.
+    """Search for sizes and ratios with which clearly more objects have an anchor; None: there are none, or too few
+    objects to tell.
 
-    Tried are all multiples of the present sizes with the present ratios and with those that the objects' own fall into
-    (k-means of their logarithms), as many as now or fewer. Of nearly equal recalls the fewest ratios win, then the
+    Candidates are multiples of the present sizes, with the present ratios or with clusters of the objects' own (k-means
+    of their logarithms), of at most the present number. Among nearly equal recalls the fewest ratios win, then the
     higher recall and mean IoU.
     """
     if len(objects) < FEWEST_OBJECTS:
@@ -230,8 +230,8 @@ def suggest(objects: CanvasObjects, config: AnchorConfig, threshold: float, pres
 
 
 def typical_ratios(objects: CanvasObjects, count: int) -> tuple[float, ...]:
-    """Find at most `count` distinct ratios of height to width that the objects gather around: k-means of their
-    logarithms, ascending."""
+    """Cluster the objects' ratios of height to width into at most `count` distinct ones: k-means of their logarithms,
+    ascending."""
     logs = np.log(objects.sizes[:, 0] / objects.sizes[:, 1])
     centres = np.quantile(logs, (np.arange(count) + 0.5) / count)
     for _ in range(50):
@@ -244,7 +244,7 @@ def typical_ratios(objects: CanvasObjects, count: int) -> tuple[float, ...]:
 
 
 def share(chosen: NDArray[np.bool_]) -> float:
-    """Compute the share of True; NaN of nothing."""
+    """Compute the share of True; NaN without values."""
     return float(chosen.mean()) if len(chosen) else float("nan")
 
 
@@ -253,13 +253,13 @@ def _canvas_size(picture: Picture, resize: ResizePolicy) -> tuple[int, int]:
 
 
 def _shapes(base_size: float, scales: Sequence[float], ratios: Sequence[float]) -> list[tuple[float, float]]:
-    """(height, width) of one cell's anchors."""
+    """Return (height, width) of one cell's anchors."""
     cell = cell_anchors(base_size, scales, ratios)
     return [(y2 - y1, x2 - x1) for x1, y1, x2, y2 in cell.tolist()]
 
 
 def _centre_offsets(objects: CanvasObjects, level: int, config: AnchorConfig) -> Floats:
-    """[objects, 2] distance (y, x) from each object's centre to the nearest cell's."""
+    """Compute [objects, 2], the distance (y, x) from each object's centre to the nearest cell's."""
     grids = -(-objects.canvases // 2**level)
     strides = objects.canvases // grids if config.stride == "torchvision" else np.full_like(grids, 2**level)
     cells = np.rint(objects.centres / strides).clip(0, grids - 1)
@@ -268,7 +268,7 @@ def _centre_offsets(objects: CanvasObjects, level: int, config: AnchorConfig) ->
 
 
 def _centred_iou(sizes: Floats, anchor: Floats, offsets: Floats) -> Floats:
-    """[objects] IoU of boxes of `sizes` [objects, 2] with one anchor of size [2] whose centre lies `offsets` away."""
+    """Compute [objects], the IoU of boxes of `sizes` [objects, 2] with an anchor of size [2] at distance `offsets`."""
     overlaps = np.minimum(np.minimum(sizes, anchor), (sizes + anchor) / 2 - offsets).clip(0)
     intersection = overlaps.prod(axis=1)
     iou: Floats = intersection / (sizes.prod(axis=1) + anchor.prod() - intersection)

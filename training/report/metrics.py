@@ -1,6 +1,6 @@
-"""The metrics of a run while it goes on: `metrics.jsonl`, TensorBoard events, the progress bar, and the report's page.
+"""The metrics of a running training: `metrics.jsonl`, TensorBoard events, the progress bar, and the report's page.
 
-`tensorboard --logdir runs` shows the events, which lie in `RUN/tensorboard/`.
+`tensorboard --logdir runs` shows the events, which are in `RUN/tensorboard/`.
 """
 
 import json
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class RunMetrics:
-    """Writes what there is to see of the run in `out`, which goes on after `first_step` steps.
+    """Writes the metrics of the run in `out`, which continues after `first_step` steps.
 
-    Says at once whether the anchors fit the training set.
+    The first output says whether the anchors fit the training set.
     """
 
     def __init__(self, out: Path, config: TrainConfig, training_set: CocoDataSet, first_step: int) -> None:
@@ -40,12 +40,12 @@ class RunMetrics:
         self._progress = tqdm(total=config.steps, initial=first_step, desc=out.name, unit="step", smoothing=0.05)
 
     def close(self) -> None:
-        """Close the event file and the progress bar; nothing can be added after it."""
+        """Close the event file and the progress bar; nothing can be added afterwards."""
         self._progress.close()
         self._events.close()
 
     def add_step(self, step: int, losses: Losses, rate: float, data_seconds: float, step_seconds: float) -> None:
-        """Show a step that is done, and write a line every `log_every` steps.
+        """Show a finished step, and write a line every `log_every` steps.
 
         rate          learning rate of the step
         data_seconds  spent waiting for the step's batch
@@ -73,7 +73,7 @@ class RunMetrics:
         )
 
     def add_validation(self, step: int, validation: Validation) -> None:
-        """Write its figures, and the page with what it saw."""
+        """Write the figures of a validation, and the page with its pictures."""
         ap, losses = validation.ap, validation.mean_losses
         self._add(
             {
@@ -89,7 +89,7 @@ class RunMetrics:
         self._report.write(validation)
 
     def _add(self, entry: Mapping[str, Any]) -> None:
-        """Write a line of metrics.jsonl, and its figures as events under `train/` or `validation/`."""
+        """Write a line of metrics.jsonl, and its values as events under `train/` or `validation/`."""
         with self._file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         group = "validation" if "ap" in entry else "train"

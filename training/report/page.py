@@ -1,7 +1,7 @@
-"""A run to look at: `RUN/report/index.html`, one page that holds its pictures, and the same pictures as files beside.
+"""The page of a run, `RUN/report/index.html`: a single file with its plots, which are also files in that folder.
 
-It is written before the first step (whether the anchors fit) and after each validation, from `metrics.jsonl` and what
-the validation saw. Each file gets its name when it is complete, so the page can be opened at any moment of a run.
+It is written before the first step, with the anchors' fit, and after each validation, from `metrics.jsonl` and the
+validation. Each file gets its name when it is complete, so the page can be opened at any moment of a run.
 """
 
 import base64
@@ -53,12 +53,12 @@ class Report:
     """The report of the run in `out`."""
 
     def __init__(self, out: Path, fit: AnchorFit, names: Mapping[int, str], settings: Mapping[str, Any]) -> None:
-        """`names`: of the category ids; `settings`: the configuration."""
+        """Begin a report. `names` are those of the category ids; `settings` is the configuration."""
         self._out, self._fit, self._names, self._settings = out, fit, names, settings
         self._fit_image = anchors_and_objects(fit)
 
     def write(self, validation: Validation | None = None) -> None:
-        """Write it again, with what the last validation saw."""
+        """Write the page again, with the last validation."""
         folder = self._out / "report"
         folder.mkdir(parents=True, exist_ok=True)
         entries = read_metrics(self._out / "metrics.jsonl")
@@ -81,7 +81,7 @@ class Report:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a step that a resumed run made again counts as it came last."""
+    """Read the lines of metrics.jsonl; of a step that a resumed run repeated, the last line counts."""
     lines = file.read_text().splitlines() if file.exists() else []
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in lines:
@@ -122,7 +122,7 @@ def _operating_point(ap: ApReport) -> str:
 
 
 def _classes(ap: ApReport) -> str:
-    """Each class by its number in the plots: AP, and its own best F1."""
+    """Make the table of classes by their numbers in the plots: AP, and the class's own best F1."""
     rows = []
     for number, (name, value) in enumerate(ap.per_class.items(), start=1):
         point = ap.best_by_class[number - 1]
@@ -163,7 +163,7 @@ def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], ap: ApReport) ->
 
 
 def _image(folder: Path, name: str, content: bytes, caption: str) -> str:
-    """Write the picture beside the page and return it for the page itself."""
+    """Write the picture as a file, and return it for the page."""
     write_whole(folder / name, content)
     media_type = "image/png" if name.endswith(".png") else "image/jpeg"
     data = base64.b64encode(content).decode()

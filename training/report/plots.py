@@ -1,6 +1,6 @@
-"""The pictures of a report, as PNG or JPEG: curves, precision and recall, anchors, detections beside the truth.
+"""The plots of a report, as PNG or JPEG: curves, precision and recall, anchors, detections and truth.
 
-matplotlib is used by its objects, without a display and without `pyplot`'s global state.
+matplotlib is used through its objects, without a display and without `pyplot`'s global state.
 """
 
 import io
@@ -21,24 +21,24 @@ from training.report.validation import ShownPicture
 Entry = Mapping[str, Any]
 """A line of metrics.jsonl."""
 FOUND, WRONG, MISSED = "#2ca02c", "#d62728", "#ff9f1c"
-"""Colours of a detection that is there, one that is not, and an object that was not found."""
+"""Colours of a correct detection, a wrong one, and a missed object."""
 BLUE, GREY = "#1f77b4", "#b0b0b0"
 SHOWN_SCORE = 0.3
-"""Detections below it are not drawn."""
+"""Least score of a detection that is drawn."""
 SHOWN_IOU = 0.5
 NAMED_CLASSES = 5
-"""Curves with a name in the plot of all classes: the worst ones."""
+"""Classes with a named curve in the plot of all classes: the worst ones."""
 LONGEST_SIDE = 640
-"""Pixels of a picture in the report."""
+"""Longest side of a picture in the report, pixels."""
 NAMED_CONFUSIONS = 12
-"""Classes up to which the confusion has names and counts."""
+"""Most classes for which the confusion shows names and counts."""
 LONGEST_NAME = 40
-"""Characters of a class's name in a plot."""
+"""Most characters of a class's name in a plot."""
 JPEG_QUALITY = 85
 
 
 def drawn_names(names: Sequence[str]) -> list[str]:
-    """Write names as the plots' font shows them: without mark-up, cut where long, by number where it lacks a glyph."""
+    """Adapt names to plots: no mark-up, truncated if long, a number instead if the font lacks a glyph."""
     glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
     return [
         (name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…").replace("$", r"\$")
@@ -49,7 +49,7 @@ def drawn_names(names: Sequence[str]) -> list[str]:
 
 
 def training_curves(entries: Sequence[Entry]) -> bytes:
-    """Losses, AP and learning rate against the step."""
+    """Plot losses, AP and learning rate over the steps."""
     figure, (losses, ap, rate) = _axes(3)
     for axes, name in ((losses, "loss"), (ap, "AP"), (rate, "learning rate")):
         axes.set(title=name, xlabel="step")
@@ -68,7 +68,8 @@ def training_curves(entries: Sequence[Entry]) -> bytes:
 
 
 def precision_recall(report: ApReport) -> bytes:
-    """The mean over classes at five IoUs; every class at IoU .5, the worst ones named. 100 detections, any size."""
+    """Plot the mean over classes at five IoUs, and every class at IoU 0.5, the worst ones named: 100 detections, all
+    sizes."""
     figure, (mean, classes) = _axes(2)
     recall = np.linspace(0, 1, report.precision.shape[1])
     known = [column for column in range(report.precision.shape[2]) if report.precision[0, 0, column, 0] > -1]
@@ -94,7 +95,7 @@ def precision_recall(report: ApReport) -> bytes:
 
 
 def ap_by_class(report: ApReport) -> bytes:
-    """A bar for each class, best first; and AP of small, medium and large objects."""
+    """Plot a bar for each class, best first, and AP of small, medium and large objects."""
     names = drawn_names(list(report.per_class))
     values = zip(names, report.per_class.values(), strict=True)
     known = sorted(((name, value) for name, value in values if not np.isnan(value)), key=lambda item: item[1])
@@ -112,7 +113,7 @@ def ap_by_class(report: ApReport) -> bytes:
 
 
 def scores_and_confusion(report: ApReport) -> bytes:
-    """Precision by score, and which class is taken for which where the scores are cut for the best F1."""
+    """Plot precision by score, and the confusion of classes at the threshold of the best F1."""
     figure, (calibrated, confused) = _axes(2)
     calibrated.plot([0, 1], [0, 1], color=GREY, linestyle="--")
     calibrated.plot([b.mean_score for b in report.calibration], [b.precision for b in report.calibration], marker="o")
@@ -133,7 +134,7 @@ def scores_and_confusion(report: ApReport) -> bytes:
 
 
 def anchors_and_objects(fit: AnchorFit) -> bytes:
-    """Plot how well the best anchor fits, over all objects and by their side; and where positive anchors come from."""
+    """Plot the fit of the best anchor, over all objects and by their side, and the levels of positive anchors."""
     figure, (overlap, sides, levels) = _axes(3)
     overlap.hist(fit.best.iou, bins=40, range=(0, 1), color=BLUE)
     overlap.axvline(fit.threshold, color=WRONG, linestyle="--", label=f"positive from IoU {fit.threshold:g}")
@@ -150,7 +151,7 @@ def anchors_and_objects(fit: AnchorFit) -> bytes:
 
 
 def detections_and_truth(shown: ShownPicture, names: Mapping[int, str]) -> bytes:
-    """JPEG: detections from SHOWN_SCORE on, FOUND or WRONG, and MISSED objects."""
+    """Draw detections from SHOWN_SCORE on, as FOUND or WRONG, and MISSED objects, as JPEG."""
     boxes, scores, ids = shown.detections.boxes, shown.detections.scores, shown.detections.labels
     drawn = scores >= SHOWN_SCORE
     boxes, scores, ids = boxes[drawn], scores[drawn], ids[drawn]
@@ -171,8 +172,8 @@ def detections_and_truth(shown: ShownPicture, names: Mapping[int, str]) -> bytes
 def matches(
     boxes: NDArray[np.float32], ids: NDArray[np.int64], truth: NDArray[np.float32], truth_ids: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """For each detection, best first, the object that it finds (same class, IoU from SHOWN_IOU on), or -1; an object is
-    found once."""
+    """Return the object that each detection, best first, finds (same class, IoU of SHOWN_IOU or more), or -1. An object
+    is found once."""
     found = np.full(len(boxes), -1)
     free = np.ones(len(truth), bool)
     for index, (box, class_id) in enumerate(zip(boxes, ids, strict=True)):

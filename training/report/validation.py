@@ -1,8 +1,8 @@
-"""Validation while training: COCO AP of the weights that export would take, with losses and some pictures.
+"""Validation during training: COCO AP of the weights that export would take, with losses and some pictures.
 
-All comes out of the very forward passes that AP needs: `torch_run` hands the network's outputs on, and nothing is
-computed twice. The losses are those of training, on whole pictures and without augmentation; each picture counts the
-same.
+Everything comes from the forward passes that AP needs: `torch_run` passes the network's outputs on, so nothing is
+computed twice. The losses are those of training, on whole pictures without augmentation; each picture has the same
+weight.
 """
 
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ SHOWN_PICTURES = 12
 
 @dataclass(frozen=True, eq=False)
 class ShownPicture:
-    """A picture with what is there and what was found, in its pixels."""
+    """A picture with its objects and detections, in its pixels."""
 
     index: int
-    """In the data set."""
+    """Index in the data set."""
     name: str
     pixels: Pixels
     target: Target
     target_ids: NDArray[np.int64]
-    """[objects] category ids, as the detections' labels."""
+    """[objects] category ids, like the detections' labels."""
     detections: Detections
 
 
@@ -58,7 +58,7 @@ class Validation:
 
     @property
     def mean_losses(self) -> PictureLosses:
-        """The mean over the pictures; NaN if there were none."""
+        """Mean losses over the pictures; NaN if there were none."""
         if not self.losses:
             return PictureLosses(float("nan"), float("nan"))
         values = np.array([(losses.classification, losses.box) for losses in self.losses])
@@ -76,7 +76,7 @@ def validate(
 ) -> Validation:
     """Evaluate the network, whose columns are `labels`, on the first `limit` pictures (0: all).
 
-    Every rank looks at a share of them and gets the whole result.
+    Every rank evaluates a share of them and gets the whole result.
     """
     detector = CandidateDetector(network, labels).to(next(network.parameters()).device).eval()
     count = min(len(data_set), limit or len(data_set))
@@ -96,7 +96,7 @@ def validate(
 
 @dataclass
 class _Collector:
-    """The losses of all pictures of this rank, and those of its pictures that are to be shown."""
+    """Collects the losses of this rank's pictures, and those of its pictures that the report shows."""
 
     network: RetinaNet
     labels: Sequence[Label]
@@ -108,7 +108,7 @@ class _Collector:
     pictures: list[ShownPicture] = field(default_factory=list)
 
     def take_outputs(self, outputs: LevelOutputs, canvas: CanvasImage) -> None:
-        """Keep the network's answer for the picture that is told of next."""
+        """Keep the network's outputs for the picture whose detections come next."""
         self._outputs, self._canvas = outputs, canvas
 
     def take_picture(self, index: int, pixels: Pixels, detections: Detections) -> None:
@@ -122,7 +122,7 @@ class _Collector:
 
     @torch.inference_mode()
     def _losses_of(self, target: TensorTarget) -> PictureLosses:
-        """`target`: canvas pixels, the network's columns."""
+        """Compute a picture's losses. `target` has canvas pixels and the network's columns."""
         anchors, predictions = self.network.anchors_of(self._canvas.canvas_size), self.network.flatten(self._outputs)
         target = target.to(anchors.device, anchors.dtype)
         losses = retinanet_losses(predictions, anchors, [target], self.loss, sizes=[self._canvas.size])
