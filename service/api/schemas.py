@@ -157,7 +157,7 @@ class ModelCard(Strict):
     tf32: bool = Field(
         description="An fp32 model on a GPU: its convolutions keep 10 bits of mantissa, by tensor cores."
     )
-    ap: float | None = Field(description="COCO AP@[.50:.95] on the validation split, if known.")
+    ap: float | None = Field(description="COCO AP@[0.50:0.95] on the validation split, if known.")
     suggested_score_threshold: float | None = Field(
         description="That of the best F1 on the validation split, if known."
     )

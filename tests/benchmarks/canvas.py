@@ -100,7 +100,7 @@ def main() -> int:
         (f"pictures enlarged {ENLARGED}×, bilinear alone (torchvision's rule)", enlarged, bilinear),
     ]
     print(f"`python -m tests.benchmarks.canvas --data DIR --images {options.images}`\n")
-    print("| canvas | AP@[.50:.95] |\n|---|---|")
+    print("| canvas | AP@[0.50:0.95] |\n|---|---|")
     for name, change, make in rows:
         print(f"| {name} | {ap_with(detector, data_set, options.images, change, make):.4f} |", flush=True)
     return 0

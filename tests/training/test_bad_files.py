@@ -77,7 +77,7 @@ def test_ids_with_gaps_train_and_evaluate(tmp_path: Path, capfd: pytest.CaptureF
     data = data_set(tmp_path / "data", [box(1, 10, 10, 40, 40)])
     assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *flags()]) == 0
     assert main(["evaluate", "--data", str(data), "--model", str(tmp_path / "run" / "last.pt"), "--device", "cpu"]) == 0
-    assert "AP@[.50:.95]" in capfd.readouterr().out
+    assert "AP@[0.50:0.95]" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("annotations", NOTHING)
@@ -96,7 +96,7 @@ def test_data_without_a_usable_box_has_no_ap(
 ) -> None:
     data = data_set(tmp_path, annotations)
     assert main(["evaluate", "--data", str(data), "--model", str(checkpoint), "--device", "cpu"]) == 0
-    assert "AP@[.50:.95]" in capfd.readouterr().out
+    assert "AP@[0.50:0.95]" in capfd.readouterr().out
 
 
 def test_a_box_of_a_category_that_is_not_listed_is_refused(

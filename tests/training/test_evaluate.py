@@ -123,7 +123,7 @@ def test_a_model_with_other_labels_is_refused(data_set: CocoDataSet) -> None:
 
 def test_the_table_names_every_class(data_set: CocoDataSet) -> None:
     table = evaluate(oracle(data_set), data_set, progress=False).table()
-    assert "AP@[.50:.95]" in table
+    assert "AP@[0.50:0.95]" in table
     assert "AP cat" in table
 
 

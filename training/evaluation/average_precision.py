@@ -66,7 +66,7 @@ class ApReport:
 
     def table(self) -> str:
         rows = [
-            ("AP@[.50:.95]", self.ap),
+            ("AP@[0.50:0.95]", self.ap),
             ("AP50", self.ap50),
             ("AP75", self.ap75),
             ("AP small (< 32² px)", self.ap_small),

@@ -99,7 +99,7 @@ def _state(entries: Sequence[Mapping[str, Any]], validation: Validation | None) 
 
 def _figures(ap: ApReport) -> str:
     columns = {
-        "AP@[.50:.95]": ap.ap,
+        "AP@[0.50:0.95]": ap.ap,
         "AP50": ap.ap50,
         "AP75": ap.ap75,
         "small": ap.ap_small,
@@ -129,7 +129,7 @@ def _classes(ap: ApReport) -> str:
         best = ("", "") if point is None else (f"{point.f1:.3f}", f"{point.threshold:.3f}")
         cells = "".join(f"<td>{cell}</td>" for cell in (f"{value:.3f}", *best))
         rows.append(f"<tr><td>{number} {escape(name)}</td>{cells}</tr>")
-    heads = "<tr><th>class</th><th>AP@[.50:.95]</th><th>best F1</th><th>at score &gt;</th></tr>"
+    heads = "<tr><th>class</th><th>AP@[0.50:0.95]</th><th>best F1</th><th>at score &gt;</th></tr>"
     return f"<details><summary>in figures</summary><table>{heads}{''.join(rows)}</table></details>"
 
 

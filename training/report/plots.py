@@ -57,7 +57,7 @@ def training_curves(entries: Sequence[Entry]) -> bytes:
         losses.plot(*_series(entries, key), color=colour, linewidth=1, label=name)
         steps, values = _series(entries, f"validation_{key}")
         losses.plot(steps, values, color=colour, linestyle="--", marker="o", label=f"{name}, validation")
-    for key, name in (("ap", "AP@[.50:.95]"), ("ap50", "AP50")):
+    for key, name in (("ap", "AP@[0.50:0.95]"), ("ap50", "AP50")):
         ap.plot(*_series(entries, key), marker="o", label=name)
     rate.plot(*_series(entries, "learning_rate"))
     ap.set_ylim(0, 1)
@@ -107,7 +107,7 @@ def ap_by_class(report: ApReport) -> bytes:
         ["large", "medium", "small"],
         [0 if np.isnan(value) else value for value in (report.ap_large, report.ap_medium, report.ap_small)],
     )
-    classes.set(title="AP@[.50:.95] by class", xlim=(0, 1))
+    classes.set(title="AP@[0.50:0.95] by class", xlim=(0, 1))
     sizes.set(title="by size", xlim=(0, 1))
     return _png(figure)
 
