@@ -128,7 +128,7 @@ DETECTION = {
     DETECT: _post(
         "detect_detect_post",
         "Detect objects in one image",
-        "One image in, its answer or its drawing out.",
+        "Takes one image and returns its detections, as JSON or drawn onto the image.",
         body={
             "multipart/form-data": _form(BINARY),
             "image/*": BINARY,
@@ -141,7 +141,7 @@ DETECTION = {
     DETECT_BATCH: _post(
         "detect_batch_detect_batch_post",
         f"Detect objects in up to {MAX_BATCH_IMAGES} images",
-        f"Up to {MAX_BATCH_IMAGES} images in, for each an answer or a problem out.",
+        f"Takes up to {MAX_BATCH_IMAGES} images and returns an answer or a problem for each.",
         body={"multipart/form-data": _form(IMAGES)},
         answer={"application/json": _ref("BatchAnswer")},
         codes=UPLOAD,
@@ -149,7 +149,7 @@ DETECTION = {
     HUGGING_FACE: _post(
         "hugging_face_post",
         "Detect objects in one image, in Hugging Face's form",
-        "As huggingface_hub's `InferenceClient.object_detection` asks; the bare list of detections comes out.",
+        "Takes the request of huggingface_hub's `object_detection`, and returns the bare list of detections.",
         body={
             "multipart/form-data": _form(BINARY),
             "image/*": BINARY,
@@ -162,7 +162,7 @@ DETECTION = {
     | {
         "get": {
             "summary": "The playground",
-            "description": "A page to try the detector by hand; as JSON the service's name and links.",
+            "description": "Returns a page to try the detector by hand, or the service's name and links as JSON.",
             "operationId": "playground_get",
             "responses": {
                 "200": {"description": "Successful Response", "content": _content(INDEX)},

@@ -34,13 +34,13 @@ class DetectQuery(Strict):
     nms_threshold: Share | None = Field(None, description=_text("nms_threshold", NMS_THRESHOLD))
     max_detections: DetectionCount | None = Field(None, description=_text("max_detections", MAX_DETECTIONS))
     label: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="Keep these labels only; repeat it for several."
+        [], description="Keep only this label; repeat it for several."
     )
     tile: Annotated[int, Field(ge=MIN_TILE, le=MAX_TILE)] | None = Field(
-        None, description="Look at windows of this side, too, in pixels of the picture: for small objects. [none]"
+        None, description="Detect in windows of this side too, picture pixels, for small objects. [none]"
     )
     overlap: Annotated[float, Field(ge=0, le=MAX_OVERLAP, allow_inf_nan=False)] | None = Field(
-        None, description=f"The share of a window that its neighbour sees, too; with `tile` alone. [{OVERLAP}]"
+        None, description=f"Share of a window that its neighbour has too; only with `tile`. [{OVERLAP}]"
     )
 
 

@@ -125,7 +125,7 @@ class Problem(Strict):
     type: str
     title: str
     status: int
-    code: str = Field(description="Stays the same over versions: decide by it.")
+    code: str = Field(description="Error code, the same in all versions: decide by it.")
     detail: str
     request_id: str
 
@@ -149,17 +149,15 @@ class ModelCard(Strict):
     architecture: str
     precision: str
     resize: ResizePolicy
-    anchors: AnchorConfig | None = Field(description="None: the file was exported before it carried them.")
-    defaults: Thresholds = Field(description="What holds where the query says nothing.")
+    anchors: AnchorConfig | None = Field(description="Anchors; null: the file is older than this field.")
+    defaults: Thresholds = Field(description="Values for parameters that the query leaves out.")
     device_requested: str
-    provider: str = Field(description="ONNX Runtime's name of what computes.")
-    fell_back: bool = Field(description="A GPU was wanted and the CPU computes.")
-    tf32: bool = Field(
-        description="An fp32 model on a GPU: its convolutions keep 10 bits of mantissa, by tensor cores."
-    )
+    provider: str = Field(description="ONNX Runtime's execution provider.")
+    fell_back: bool = Field(description="True: a GPU was wanted and the CPU computes.")
+    tf32: bool = Field(description="True: an fp32 model on a GPU, whose convolutions run with 10 bits of mantissa.")
     ap: float | None = Field(description="COCO AP@[0.50:0.95] on the validation split, if known.")
     suggested_score_threshold: float | None = Field(
-        description="That of the best F1 on the validation split, if known."
+        description="Score threshold of the best F1 on the validation split, if known."
     )
     data_set: str
 
