@@ -23,7 +23,7 @@ class Options(TypedDict, total=False):
     score_threshold: float | None
     """Keep detections with a higher score, in [0, 1]."""
     nms_threshold: float | None
-    """Of two boxes of one class with a larger IoU, drop the one with the lower score, in [0, 1]."""
+    """Drop the lower scoring one of two boxes of one class with a larger IoU, in [0, 1]."""
     max_detections: int | None
     """Keep at most this many detections, the best, 1…5000."""
     labels: Iterable[str] | str | None
