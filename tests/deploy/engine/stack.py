@@ -107,11 +107,15 @@ class Stack:
         alerts = httpx.get(f"{self.prometheus}/api/v1/alerts").json()["data"]["alerts"]
         return {a["labels"]["alertname"] for a in alerts if a["state"] in states} - {"Watchdog"}
 
-    def start(self, replicas: int) -> None:
+    def up(self, *more: str, replicas: int = 1) -> None:
+        """Make the project what its files and settings say, whatever a test before left; `more` are services."""
         self.compose(
-            "up", "--detach", "--no-recreate", "--wait", "--wait-timeout", "60", "--scale", f"service={replicas}",
-            "service", "proxy", "prometheus",
+            "up", "--detach", "--remove-orphans", "--wait", "--wait-timeout", "60", "--scale", f"service={replicas}",
+            "service", "proxy", "prometheus", *more,
         )  # fmt: skip
+
+    def start(self, replicas: int) -> None:
+        self.up(replicas=replicas)
         wait_until(lambda: self.targets_up() == replicas)
 
     def replicas(self) -> list[str]:
@@ -175,15 +179,6 @@ class Load:
     def wait_for_answers(self, number: int) -> None:
         wanted = self.answers.total() + number
         wait_until(lambda: self.answers.total() >= wanted)
-
-
-@contextmanager
-def plain_again(stack: Stack) -> Iterator[None]:
-    """Leaves the project as `stack` says, with one replica."""
-    try:
-        yield
-    finally:
-        stack.compose("up", "--detach", "--wait", "--remove-orphans", "service", "proxy", "prometheus")
 
 
 def until_it_ends(*command: str) -> tuple[int, list[str]]:

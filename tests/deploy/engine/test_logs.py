@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import httpx
 
-from tests.deploy.engine.stack import Load, Stack, needs_engine, plain_again
+from tests.deploy.engine.stack import Load, Stack, needs_engine
 from tests.support.load import PNG, free_ports
 from tests.support.serving import picture, wait_until
 
@@ -57,14 +57,11 @@ def collector(port: int) -> Iterator[bytearray]:
 
 
 def test_a_collector_gets_the_lines_of_both_and_its_absence_stops_nobody(stack: Stack) -> None:
-    stack.start(1)
     [port] = free_ports(1)
-    shipped = stack.with_("docker/logs.yml", LOG_COLLECTOR=f"127.0.0.1:{port}")
-    with plain_again(stack):
-        shipped.compose("up", "--detach", "--wait", "service", "proxy")
-        with Load(stack.api) as load:
-            load.wait_for_answers(50)
-        assert set(load.answers) == {"first"}
-        with collector(port) as received:
-            httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | {"X-Request-ID": "to-the-collector"})
-            wait_until(lambda: received.count(b"to-the-collector") == 2)  # the service's line and the proxy's
+    stack.with_("docker/logs.yml", LOG_COLLECTOR=f"127.0.0.1:{port}").up()
+    with Load(stack.api) as load:
+        load.wait_for_answers(50)
+    assert set(load.answers) == {"first"}
+    with collector(port) as received:
+        httpx.post(f"{stack.api}/detect", content=picture(), headers=PNG | {"X-Request-ID": "to-the-collector"})
+        wait_until(lambda: received.count(b"to-the-collector") == 2)  # the service's line and the proxy's

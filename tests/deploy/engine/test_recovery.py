@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from tests.deploy.engine.stack import Stack, docker, needs_engine, plain_again
+from tests.deploy.engine.stack import Stack, docker, needs_engine
 from tests.support.faulty_models import write_hanging_model
 from tests.support.load import PNG
 from tests.support.serving import picture, wait_until
@@ -23,8 +23,8 @@ def test_a_replica_that_hangs_is_ended_by_its_health_check_and_started_again(sta
     (stack.folder / "hanging.yml").write_text(HANGING)
     hanging = stack.with_("hanging.yml")
     white = picture(colour=(255, 255, 255))
-    with plain_again(stack), ThreadPoolExecutor() as pool:
-        hanging.compose("up", "--detach", "--wait", "service", "proxy")
+    with ThreadPoolExecutor() as pool:
+        hanging.up()
         [replica] = hanging.replicas()
         answer = pool.submit(httpx.post, f"{stack.api}/detect", content=white, headers=PNG, timeout=60)
         wait_until(lambda: docker("inspect", "-f", "{{.RestartCount}} {{.State.Running}}", replica) == "1 true", 90)
