@@ -82,13 +82,18 @@ def train_here(
     )
 
 
+def train_arguments(config: TrainConfig, data: Path, out: Path, *more: str) -> list[str]:
+    """What trains with this config, behind `python -m training`."""
+    command = ["train", "--preset", "paper", "--data", str(data), "--out", str(out)]
+    return [*command, "--workers", "0", "--device", "cpu", *flags(config), *more]
+
+
 def train_command(
     config: TrainConfig, data: Path, out: Path, *more: str, processes: int = 0, torchrun: Sequence[str] = STANDALONE
 ) -> list[str]:
     """The command line that trains with this config; by torchrun, with these flags, on that many processes."""
     launcher = ["-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(processes)] if processes else []
-    command = ["-m", "training", "train", "--preset", "paper", "--data", str(data), "--out", str(out)]
-    return [sys.executable, *launcher, *command, "--workers", "0", "--device", "cpu", *flags(config), *more]
+    return [sys.executable, *launcher, "-m", "training", *train_arguments(config, data, out, *more)]
 
 
 def environment() -> dict[str, str]:

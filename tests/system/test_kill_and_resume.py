@@ -1,10 +1,9 @@
-"""Runs of the real command line that are killed, stopped, filled up or fed with bad pictures."""
+"""Runs of the real command that are killed, stopped, filled up or fed with bad pictures."""
 
 import json
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny_training import TINY, environment, metrics, train_command, write_tiny_data
+from tests.support.forked import begun
+from tests.support.tiny_training import TINY, environment, metrics, train_arguments, train_command, write_tiny_data
 from training.__main__ import main
 from training.checkpoint import load_checkpoint
-from training.config import TrainConfig
 
 CONFIG = replace(TINY, steps=24, checkpoint_every=1, evaluate_every=7, log_every=1)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each start imports torch: 5 s on a free core
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +30,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def never_killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "whole"
-    assert finished(CONFIG, data, out).returncode == 0
+    assert main(train_arguments(CONFIG, data, out)) == 0
     return out
 
 
-def finished(config: TrainConfig, data: Path, out: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    command = train_command(config, data, out, *more)
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-
-
-def start(data: Path, out: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        train_command(CONFIG, data, out, "--resume"),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_until(condition: Callable[[], bool], run: "subprocess.Popen[str]") -> None:
+def wait_until(condition: Callable[[], bool], has_ended: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not condition():
-        assert run.poll() is None, run.communicate()[1]
+        assert not has_ended(), "the run ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -81,26 +65,32 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_weights_of_a_run_neve
     rng = np.random.default_rng(0)
     for _ in range(3):  # the first start finds no last.pt: --resume begins afresh
         before = last_step(out)
-        with start(data, out) as run:
-            wait_until(lambda before=before: last_step(out) >= before + 4, run)  # type: ignore[misc]
+        run = begun(train_arguments(CONFIG, data, out, "--resume"), tmp_path / "said.txt")
+        try:
+            wait_until(lambda: last_step(out) >= before + 4, lambda: run.exitcode is not None)  # noqa: B023
             time.sleep(float(rng.uniform(0, 0.2)))  # in a step, a checkpoint or an evaluation
-            run.send_signal(signal.SIGKILL)
+        finally:
+            run.kill()
+            run.join()
     assert load_checkpoint(out / "last.pt").step < CONFIG.steps
-    assert finished(CONFIG, data, out, "--resume").returncode == 0
+    assert main(train_arguments(CONFIG, data, out, "--resume")) == 0
     assert_same_run(out, never_killed)
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_with_143(data: Path, tmp_path: Path, never_killed: Path) -> None:
     out = tmp_path / "run"
-    with start(data, out) as run:
-        wait_until(lambda: last_step(out) >= 3, run)
+    command = train_command(CONFIG, data, out)
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        wait_until(lambda: last_step(out) >= 3, lambda: run.poll() is not None)
         run.send_signal(signal.SIGTERM)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 143
     assert "--resume goes on" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert load_checkpoint(out / "last.pt").step >= 3
-    assert finished(CONFIG, data, out, "--resume").returncode == 0
+    assert main(train_arguments(CONFIG, data, out, "--resume")) == 0
     assert_same_run(out, never_killed)
 
 
@@ -122,20 +112,22 @@ def test_a_disk_that_is_full_stops_the_run_with_the_cause(data: Path, tmp_path: 
     assert [file.name for file in out.iterdir() if "pt" in file.name] == []
 
 
-def test_an_unreadable_picture_stops_the_run_and_is_named_or_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_an_unreadable_picture_stops_the_run_and_is_named_or_is_skipped_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     data = write_tiny_data(tmp_path / "data")
     (data / "images" / "train" / "3.png").write_bytes(b"no picture")
     config = replace(CONFIG, steps=4, evaluate_every=0)
-    stopped = finished(config, data, tmp_path / "stopped", "--workers", "1")
-    assert stopped.returncode == 2
-    assert "3.png cannot be read" in stopped.stderr.splitlines()[-1]
-    assert "--unreadable skip" in stopped.stderr.splitlines()[-1]
+    assert main(train_arguments(config, data, tmp_path / "stopped", "--workers", "1")) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "3.png cannot be read" in line and "--unreadable skip" in line
     (data / "images" / "val" / "0.png").unlink()
-    skipped = finished(replace(config, unreadable="skip"), data, tmp_path / "skipped", "--workers", "1")
-    assert skipped.returncode == 0, skipped.stderr
-    assert skipped.stderr.count("3.png cannot be read") == 1
-    assert "(1 so far)" in skipped.stderr
-    assert "0.png cannot be read" in skipped.stderr
+    config = replace(config, unreadable="skip")
+    caplog.clear()
+    assert main(train_arguments(config, data, tmp_path / "skipped", "--workers", "1")) == 0
+    assert caplog.text.count("3.png cannot be read") == 1
+    assert "(1 so far)" in caplog.text
+    assert "0.png cannot be read" in caplog.text
     assert metrics(tmp_path / "skipped")[-1]["pictures"] == 2
 
 
@@ -153,8 +145,6 @@ def test_data_that_cannot_be_learnt_from_is_refused_before_the_first_step(
     data = write_tiny_data(tmp_path / "data")
     file = data / "annotations" / f"instances_{split}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    python, _, package, *arguments = train_command(CONFIG, data, tmp_path / "run")
-    assert (python, package) == (sys.executable, "training")
-    assert main(arguments) == 2
+    assert main(train_arguments(CONFIG, data, tmp_path / "run")) == 2
     assert message in capfd.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Two processes against one, by the real command line: the same losses, the same AP, and an end when one of them dies.
+"""Two processes against one: the same losses, the same AP, and, started by torchrun, an end when one of them dies.
 
 On the CPU, with gloo. Heads and backbone without batch statistics, which each process would have of its own.
 """
@@ -20,8 +20,10 @@ import torch.multiprocessing
 
 from model.metadata import Label, ResizePolicy
 from model.types import Candidates, CanvasImage
+from tests.support.forked import run_as_ranks
 from tests.support.load import free_ports
-from tests.support.tiny_training import TINY, environment, metrics, train_command, write_tiny_data
+from tests.support.tiny_training import TINY, environment, metrics, train_arguments, train_command, write_tiny_data
+from training.__main__ import main
 from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
 from training.config import LossConfig, TrainConfig
@@ -35,7 +37,7 @@ STEADY = replace(
     TINY,
     model=replace(TINY.model, backbone_norm="frozen"),
     optimiser=replace(TINY.optimiser, optimiser="sgd", learning_rate=1e-3, schedule="steps", gradient_clip=1.0),
-    steps=20,
+    steps=10,
     batch_size=5,
     checkpoint_every=100,
     log_every=1,
@@ -58,15 +60,18 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tra
     @functools.cache
     def trained(config: TrainConfig) -> tuple[Path, Losses]:
         out = tmp_path_factory.mktemp("alone") / "run"
-        return out, losses_of(config, data, out, processes=0)
+        return out, losses_of(config, data, out, processes=1)
 
     return trained
 
 
 def losses_of(config: TrainConfig, data: Path, out: Path, *, processes: int) -> Losses:
-    command = train_command(config, data, out, processes=processes)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Train in this process (1), or in so many others."""
+    arguments = train_arguments(config, data, out)
+    if processes == 1:
+        assert main(arguments) == 0
+    else:
+        run_as_ranks(processes, arguments, out.parent)
     lines = [line for line in metrics(out) if "box_loss" in line]
     assert [line["step"] for line in lines] == list(range(1, config.steps + 1))
     return np.array([[line["classification_loss"], line["box_loss"]] for line in lines])
@@ -89,10 +94,10 @@ def test_two_processes_have_the_losses_of_one(
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_in_single_precision(data: Path, tmp_path: Path) -> None:
-    one, two = (losses_of(STEADY, data, tmp_path / str(n), processes=n) for n in (0, 2))
+    one, two = (losses_of(STEADY, data, tmp_path / str(n), processes=n) for n in (1, 2))
     np.testing.assert_allclose(two[0], one[0], rtol=1e-6)
     np.testing.assert_allclose(two, one, rtol=1e-3)
-    assert [line["ap"] for line in metrics(tmp_path / "0")[-1:]] == [
+    assert [line["ap"] for line in metrics(tmp_path / "1")[-1:]] == [
         line["ap"] for line in metrics(tmp_path / "2")[-1:]
     ]
 
@@ -184,7 +189,8 @@ def test_evaluation_across_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     validation_set = load_coco(data, "val")
     alone = evaluate(nearly_right(validation_set), validation_set, progress=False)
     assert 0.3 < alone.ap < 0.99
-    torch.multiprocessing.spawn(evaluate_share, (data, tmp_path, *free_ports(1)), nprocs=2)
+    arguments = (data, tmp_path, *free_ports(1))
+    torch.multiprocessing.start_processes(evaluate_share, arguments, nprocs=2, start_method="forkserver")
     reports: list[ApReport] = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
     assert repr(reports[0]) == repr(reports[1]) == repr(alone)  # repr: NaN is equal to itself
     assert alone.num_images == 7
