@@ -1,5 +1,5 @@
--- For about a second after a start or a reload the proxy knows no replica: their addresses and first checks are still to come.
--- Who comes then waits, up to two seconds, instead of a 503.
+-- For about a second after a start or a reload the proxy knows no replica, because addresses and first checks are still missing.
+-- A request then waits, up to two seconds, instead of getting a 503.
 core.register_action("wait_for_replica", { "http-req" }, function(transaction)
   for _ = 1, 40 do
     if transaction.f:nbsrv("replicas") > 0 then

@@ -76,7 +76,7 @@ def stopped_replica(folder: Path) -> Counts:
             wait_until(lambda: through.serves_with(*REPLICAS))
             wait_until(lambda: next(served) > before + 100)
         assert is_fine(first)
-    return {"served_beside_a_stopped_replica": before}
+    return {"served_while_a_replica_is_stopped": before}
 
 
 def no_descriptors(folder: Path) -> Counts:
@@ -232,7 +232,7 @@ def tiny(folder: Path) -> Path:
 
 def hung_inference(folder: Path) -> Counts:
     test_faults.test_a_network_that_hangs_is_told_by_504_and_the_probes_and_does_not_hold_up_the_end(folder)
-    return {"hung_inferences_told_by_the_probes": 1}
+    return {"hung_inferences_found_by_the_probes": 1}
 
 
 FAULTS: Mapping[str, Callable[[Path], Counts]] = {
