@@ -28,6 +28,8 @@ class Call(NamedTuple):
     capturing: bool
     what: str
     num_bytes: int
+    address: int
+    """Of the device's memory that a copy reads or writes."""
 
 
 class FakeCuda:
@@ -49,8 +51,8 @@ class FakeCuda:
         yield calls
         with self._log.open("rb") as log:
             log.seek(start)
-            for thread, capturing, what, num_bytes in (line.decode().split() for line in log):
-                calls.append(Call(int(thread), capturing == "1", what, int(num_bytes)))
+            for thread, capturing, what, num_bytes, address in (line.decode().split() for line in log):
+                calls.append(Call(int(thread), capturing == "1", what, int(num_bytes), int(address)))
 
     @property
     def held_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """A session of one shape and its buffers, on the CPU."""
 
+import tracemalloc
 from typing import Any
 
 import onnxruntime as ort
@@ -39,6 +40,18 @@ def test_buffers_are_at_the_same_addresses_run_after_run() -> None:
         assert buffers.outputs["values"].numpy()[0] == value, (
             "the graph wrote into our memory, not into some of its own"
         )
+
+
+def test_pictures_are_laid_straight_into_the_memory_that_is_there() -> None:
+    [buffers] = buffers_of(1)
+    pictures = [canvas(1), canvas(2)]
+    tracemalloc.start()
+    try:
+        buffers.load(pictures)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < pictures[0].pixels.nbytes
 
 
 def test_an_answer_is_not_changed_by_the_next_one() -> None:

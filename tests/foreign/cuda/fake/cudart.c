@@ -20,7 +20,7 @@ static atomic_long capturing_thread; /* 0: none */
 
 static void noted(const char *call, size_t bytes)
 {
-    note(capturing_thread != 0, call, bytes);
+    note(capturing_thread != 0, call, bytes, NULL);
 }
 
 /* A graph is captured in the mode "global": whatever allocates or waits on any thread meanwhile ends the capture. */
@@ -110,9 +110,14 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const voi
 
 static const char *const KINDS[] = {"copy_host", "copy_up", "copy_down", "copy_on_device", "copy"};
 
+static void noted_copy(const void *to, const void *from, size_t bytes, int kind)
+{
+    note(capturing_thread != 0, KINDS[kind], bytes, kind == cudaMemcpyDeviceToHost ? from : to);
+}
+
 int cudaMemcpy(void *to, const void *from, size_t bytes, int kind)
 {
-    noted(KINDS[kind], bytes);
+    noted_copy(to, from, bytes, kind);
     if (refused())
         return refused();
     memmove(to, from, bytes);
@@ -121,7 +126,7 @@ int cudaMemcpy(void *to, const void *from, size_t bytes, int kind)
 
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream)
 {
-    noted(KINDS[kind], bytes);
+    noted_copy(to, from, bytes, kind);
     if (fake_lost)
         return fake_lost;
     if (capturing_thread && capturing_thread != syscall(SYS_gettid))
