@@ -12,7 +12,7 @@ def check_outputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
         if _identity(output) in kept:
             raise ValueError(f"{output} is one of the files that are read: write elsewhere")
         if output.exists() and not output.is_file():
-            raise ValueError(f"{output} is there and is no regular file: write elsewhere")
+            raise ValueError(f"{output} exists and is not a regular file: write elsewhere")
         if (place := output.resolve()) in taken:
             raise ValueError(f"{output} would be written twice: write elsewhere")
         taken.add(place)

@@ -126,7 +126,7 @@ def load_batches(
         for batch in batches:
             for problem in batch.unreadable:
                 if config.unreadable == "stop":
-                    raise InvalidDataSet(f"{problem}; --unreadable skip goes on without it")
+                    raise InvalidDataSet(f"{problem}; --unreadable skip continues without it")
                 if problem not in skipped:
                     skipped.add(problem)
                     log.warning("skipped, another picture stands in (%d so far): %s", len(skipped), problem)

@@ -124,7 +124,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             raise
         raise RankLost(
             f"rank {os.environ['RANK']} stops: another process of the run died or hangs, its own message says why. "
-            f"--resume goes on from last.pt. ({str(error).strip().splitlines()[0][:160]})"
+            f"--resume continues from last.pt. ({str(error).strip().splitlines()[0][:160]})"
         ) from error
 
 

@@ -153,7 +153,7 @@ def evaluate(
             pixels = data_set.read(index)
         except InvalidDataSet as error:
             if not skip_unreadable:
-                raise InvalidDataSet(f"{error}; --unreadable skip goes on without it") from error
+                raise InvalidDataSet(f"{error}; --unreadable skip continues without it") from error
             unreadable.append(str(error))
             log.warning("not evaluated: %s", error)
         else:

@@ -109,7 +109,7 @@ def start_or_resume(
     last = out / "last.pt"
     resuming = ranks.from_first(last.exists())
     if resuming and not resume:
-        raise RunFolderInUse(f"{out} holds a run; --resume goes on with it, another --out starts a new one")
+        raise RunFolderInUse(f"{out} holds a run; --resume continues it, another --out starts a new one")
     out.mkdir(parents=True, exist_ok=True)
     state = new_state(config, len(labels), device, ranks, pretrained=config.pretrained_backbone and not resuming)
     if resuming:

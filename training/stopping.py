@@ -12,7 +12,7 @@ from training.losses import Losses
 
 EXIT_CODE = 128 + signal.SIGTERM
 """Exit code 143, which shells report for a process that SIGTERM ended; --resume continues the run."""
-STOPPED = "SIGTERM: stopped; --resume goes on from the last checkpoint"
+STOPPED = "SIGTERM: stopped; --resume continues from the last checkpoint"
 COMPARED_STEPS = 20
 """Steps whose mean loss is compared."""
 

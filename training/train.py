@@ -226,7 +226,7 @@ class TrainingRun:
 
     def _end(self, state: TrainState) -> Terminated:
         self.save(state, "last.pt")
-        return Terminated(f"SIGTERM: stopped after step {state.step}; --resume goes on from {self.out / 'last.pt'}")
+        return Terminated(f"SIGTERM: stopped after step {state.step}; --resume continues from {self.out / 'last.pt'}")
 
     def save_if_due(self, state: TrainState) -> None:
         if _due(state.step, self.config.checkpoint_every):
@@ -236,7 +236,7 @@ class TrainingRun:
         """Write last.pt, on rank 0. TrainingDiverged, and nothing is written: the weights are NaN or infinite."""
         if not state.is_finite():
             raise TrainingDiverged(
-                f"the update of step {state.step} made weights that are no numbers", self.out / "last.pt"
+                f"the update of step {state.step} made weights that are NaN or infinite", self.out / "last.pt"
             )
         if self.ranks.is_first:
             save_checkpoint(self.checkpoint(state), self.out / name)

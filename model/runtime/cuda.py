@@ -78,7 +78,7 @@ class CudaRuntime:
                 yield outputs
         if without:
             logger.warning(
-                "%d of the %d common canvases and batch sizes have no room beside the others and will start slowly: "
+                "%d of the %d common canvases and batch sizes do not fit into the memory budget and will start slowly: "
                 "a larger gpu_memory_limit_bytes or a smaller max_batch_size helps",
                 without,
                 len(batches),

@@ -87,7 +87,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_with_143(data: Path, tmp_path: Pa
         run.send_signal(signal.SIGTERM)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 143
-    assert "--resume goes on" in errors.splitlines()[-1]
+    assert "--resume continues" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert load_checkpoint(out / "last.pt").step >= 3
     assert main(train_arguments(CONFIG, data, out, "--resume")) == 0

@@ -122,7 +122,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_message(data: Path, tmp_path:
             run.kill()
     assert run.returncode != 0
     assert "rank 0 stops: another process of the run died or hangs" in errors
-    assert "--resume goes on from last.pt" in errors
+    assert "--resume continues from last.pt" in errors
 
 
 def wait_until(condition: Callable[[], bool], run: "subprocess.Popen[str]") -> None:

@@ -108,7 +108,7 @@ class HangingSet(CocoDataSet):
 
 def test_a_run_that_waits_for_data_heeds_sigterm_and_keeps_its_last_step(data: Path, tmp_path: Path) -> None:
     hanging = HangingSet(**vars(load_coco(data, "train")))
-    with pytest.raises(Terminated, match=r"stopped after step 2; --resume goes on"):
+    with pytest.raises(Terminated, match=r"stopped after step 2; --resume continues"):
         train_here(replace(TINY, checkpoint_every=100), data, tmp_path / "run", training_set=hanging)
     assert load_checkpoint(tmp_path / "run" / "last.pt").step == 2
 

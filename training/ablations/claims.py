@@ -12,7 +12,7 @@ from training.ablations.runs import FIGURES, Result
 GAMMAS_CAVEAT = (
     "In the paper γ 0.5 to 2 differ by 1.1 AP after 90,000 steps; a few hundred may favour the larger gradients."
 )
-BOUNDED_STEPS = "AdamW and clipping bound each step, whatever the loss."
+BOUNDED_STEPS = "AdamW and clipping bound each step for any loss."
 ONE_CLASS = "Here everything is one class, and a picture has about 12,000 anchors, not 100,000 in 80 classes."
 
 

@@ -10,7 +10,7 @@ from training.coco import CocoDataSet, InvalidDataSet
 from training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)
-SKIP = "--unreadable skip goes on without them"
+SKIP = "--unreadable skip continues without them"
 
 
 def refuse_absent(data_set: CocoDataSet, *, skip: bool) -> None:

@@ -75,7 +75,7 @@ def _advice(file: Path) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except Exception:  # whatever the bytes lead the unpickler to
-        return "it is damaged, or none of torch's files"
+        return "it is damaged, or not a file of torch"
     others = [name for name in names if name != "argparse.Namespace"]
     return (
         f"it holds objects ({', '.join(others[:3])}); where you trust it and have their code: "

@@ -155,7 +155,7 @@ def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], ap: ApReport) ->
         _image(folder, "precision-recall.png", precision_recall(ap), "COCO's: 101 recalls, 100 detections"),
         "<h2>Scores</h2>",
         f"<p>{escape(_operating_point(ap))}</p>",
-        _image(folder, "scores.png", scores_and_confusion(ap), "rows: what is there; columns: what was found"),
+        _image(folder, "scores.png", scores_and_confusion(ap), "rows: true classes; columns: found classes"),
         "<h2>Classes and sizes</h2>",
         _classes(ap),
         _image(folder, "ap.png", ap_by_class(ap), "small is below 32² pixels of the picture, large above 96²"),

@@ -35,7 +35,7 @@ def decode_base64(text: bytes | bytearray) -> bytearray:
         letters = rest + text[start : start + PIECE_BYTES].translate(_URL_SAFE, _SPACE)
         letters, padding, behind = letters.partition(b"=")
         if (has_ended and letters) or behind.strip(b"="):
-            raise ValueError("it goes on behind its padding")
+            raise ValueError("it continues after its padding")
         whole = len(letters) // 4 * 4
         decoded += _groups(letters[:whole])
         rest, has_ended = bytes(letters[whole:]), has_ended or bool(padding)

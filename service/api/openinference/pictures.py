@@ -121,7 +121,9 @@ class BinaryPictures:
     def feed(self, data: bytes) -> None:
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
-            raise MalformedRequest(f"the body has more than the {self._tensor.binary_bytes} bytes of binary data told")
+            raise MalformedRequest(
+                f"the body has more than the {self._tensor.binary_bytes} bytes of binary data that it declares"
+            )
         position = 0
         while position < len(data):
             if not self._picture_bytes_left:

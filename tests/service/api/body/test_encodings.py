@@ -42,7 +42,7 @@ def test_every_length_is_read(length: int) -> None:
         (b"abc!", "'!'"),
         ("ä".encode(), "the character"),
         (b"abcde", "cut off"),
-        (b"ab==cdef", "goes on behind its padding"),
+        (b"ab==cdef", "continues after its padding"),
         (b"data:image/png,abcd", "without ;base64"),
     ],
 )

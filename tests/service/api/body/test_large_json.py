@@ -62,7 +62,7 @@ def test_an_escape_at_the_end_of_a_piece_is_not_cut(cut: int) -> None:
     ("text", "says"),
     [
         (TEXT[:-3], "not base64: it is cut off"),
-        (TEXT[:PIECE_BYTES - 1] + "=" + TEXT, "not base64: it goes on behind its padding"),
+        (TEXT[:PIECE_BYTES - 1] + "=" + TEXT, "not base64: it continues after its padding"),
         (TEXT[:100] + "\\\\" + TEXT[100:], "not base64"),
         (TEXT[:100] + '\\"' + TEXT[100:], "not base64"),
         (TEXT[:100] + "é" + TEXT[100:], "not base64"),
