@@ -14,6 +14,7 @@ from tests.client.driven import CLIENTS, MakeClient
 from tests.support.load import blocks, free_ports
 from tests.support.replicas import HAPROXY, REPLICAS, proxy
 from tests.support.serving import FakeDetector, ServerProcess, picture, server_process, serving, wait_until
+from tests.support.tiny_model import write_tiny_model
 
 needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="needs haproxy, Debian's package of that name")
 IMAGE = blocks(90, 80, seed=1)
@@ -117,9 +118,11 @@ def test_replicas_restarted_in_haste_or_lost_cost_no_answer(tmp_path: Path, sign
 
         def start(replica: str) -> ServerProcess:
             flags = ("--port", str(ports[replica]), "--drain-delay-seconds", "0", "--threads", "1")
-            return servers.enter_context(server_process(tmp_path, *flags))
+            return servers.enter_context(server_process(tmp_path, *flags, model_path=tmp_path / "tiny.onnx"))
 
-        started = {replica: start(replica) for replica in REPLICAS}
+        write_tiny_model(tmp_path / "tiny.onnx")
+        with ThreadPoolExecutor() as pool:
+            started = dict(zip(REPLICAS, pool.map(start, REPLICAS), strict=True))
         through = servers.enter_context(proxy(tmp_path, *ports.values()))
         wait_until(lambda: through.serves_with(*REPLICAS))
         hasty = clients.enter_context(asking(CLIENTS["Client"], through.url, attempts=1))

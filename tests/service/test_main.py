@@ -32,6 +32,12 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+def run_each(*flags: tuple[str, ...]) -> "list[subprocess.CompletedProcess[str]]":
+    """Run it with each of these, two at once."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda arguments: run(*arguments), flags))
+
+
 def assert_one_line_and_code_2(finished: "subprocess.CompletedProcess[str]", says: str) -> None:
     assert finished.returncode == 2
     lines = [line for line in finished.stderr.splitlines() if not line.startswith("{")]
@@ -154,18 +160,21 @@ def test_what_the_first_load_leaves_is_not_searched_for_garbage_again(tmp_path: 
 
 @pytest.mark.slow
 def test_a_setting_that_cannot_be_used_is_one_line_and_code_2(tmp_path: Path) -> None:
-    assert_one_line_and_code_2(run("--queue-capacity", "none"), "--queue-capacity")
-    assert_one_line_and_code_2(run("--port", "0", "--model", str(tmp_path / "none.onnx")), "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"no model")
-    assert_one_line_and_code_2(run("--port", "0", "--model", str(tmp_path / "bad.onnx")), "bad.onnx")
     write_tiny_model(tmp_path / "tiny.onnx")
-    wrong_hash = run("--port", "0", "--model", str(tmp_path / "tiny.onnx"), "--model-sha256", "0" * 64)
-    assert_one_line_and_code_2(wrong_hash, "sha256")
+    none, bad, tiny, missing = (str(tmp_path / name) for name in ("none.onnx", "bad.onnx", "tiny.onnx", "none.pem"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert_one_line_and_code_2(run("--port", port), f"127.0.0.1:{port}: Address already in use")
-    missing = str(tmp_path / "none.pem")
-    assert_one_line_and_code_2(run("--port", "0", "--ssl-certfile", missing, "--ssl-keyfile", missing), "TLS")
+        wrong = {
+            ("--queue-capacity", "none"): "--queue-capacity",
+            ("--port", "0", "--model", none): "none.onnx",
+            ("--port", "0", "--model", bad): "bad.onnx",
+            ("--port", "0", "--model", tiny, "--model-sha256", "0" * 64): "sha256",
+            ("--port", port): f"127.0.0.1:{port}: Address already in use",
+            ("--port", "0", "--ssl-certfile", missing, "--ssl-keyfile", missing): "TLS",
+        }
+        for finished, says in zip(run_each(*wrong), wrong.values(), strict=True):
+            assert_one_line_and_code_2(finished, says)
 
 
 @pytest.mark.slow
@@ -180,12 +189,12 @@ def test_with_json_logs_the_line_before_code_2_is_json_too(tmp_path: Path, monke
     monkeypatch.setenv("RETINASERVE_LOG_FORMAT", "json")
     keys = tmp_path / "keys"
     keys.write_text("alice:short\n")
-    for flags, says in (
-        (("--queue-capacity", "none"), "--queue-capacity"),
-        (("--port", "0", "--api-keys-file", str(keys)), f"line 1 of {keys}"),
-        (("--port", "0", "--model", str(tmp_path / "none.onnx")), "none.onnx"),
-    ):
-        finished = run(*flags)
+    wrong = {
+        ("--queue-capacity", "none"): "--queue-capacity",
+        ("--port", "0", "--api-keys-file", str(keys)): f"line 1 of {keys}",
+        ("--port", "0", "--model", str(tmp_path / "none.onnx")): "none.onnx",
+    }
+    for finished, says in zip(run_each(*wrong), wrong.values(), strict=True):
         last = json.loads(finished.stderr.splitlines()[-1])
         assert (finished.returncode, last["level"]) == (2, "error"), finished.stderr
         assert says in last["message"]

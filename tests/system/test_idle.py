@@ -12,7 +12,7 @@ from tests.support.serving import server_process, wait_until
 
 pytestmark = pytest.mark.slow
 EXAMPLE = PRETRAINED.with_name("example.jpg")
-SECONDS = 5
+SECONDS = 3
 SHARE = 0.03
 """Of one core. An inference thread that spins takes all of its own; the GPU and file polls take about 0.002."""
 

@@ -10,6 +10,7 @@ import http.client
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from tests.support.load import PNG, ask, blocks, constantly, free_ports
 from tests.support.replicas import HAPROXY, REPLICAS, proxy
 from tests.support.serving import ServerProcess, server_process, wait_until
+from tests.support.tiny_model import write_tiny_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,12 +40,13 @@ def replace_both(folder: Path, drain_delay_seconds: int, rolls: int = 1) -> tupl
     ports = dict(zip(REPLICAS, free_ports(2), strict=True))
     image = blocks(90, 80, seed=1)
     statuses: list[int] = []
+    write_tiny_model(folder / "tiny.onnx")
 
     with contextlib.ExitStack() as stack:
 
         def start(replica: str) -> ServerProcess:
             flags = ("--port", str(ports[replica]), "--drain-delay-seconds", str(drain_delay_seconds), "--threads", "1")
-            return stack.enter_context(server_process(folder, *flags))
+            return stack.enter_context(server_process(folder, *flags, model_path=folder / "tiny.onnx"))
 
         def call(client: int) -> None:
             time.sleep(0.02)  # leave the machine some air
@@ -52,7 +55,8 @@ def replace_both(folder: Path, drain_delay_seconds: int, rolls: int = 1) -> tupl
             except (http.client.HTTPException, ConnectionError):
                 statuses.append(NO_ANSWER)  # the proxy gives a lost request a 502, or closes the connection
 
-        servers = {replica: start(replica) for replica in REPLICAS}
+        with ThreadPoolExecutor() as pool:
+            servers = dict(zip(REPLICAS, pool.map(start, REPLICAS), strict=True))
         everyone = list(servers.values())
         through = stack.enter_context(proxy(folder, *ports.values()))
         wait_until(lambda: through.serves_with(*REPLICAS))

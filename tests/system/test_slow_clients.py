@@ -84,10 +84,10 @@ def is_as_before(server: ServerProcess, before: Footprint) -> bool:
 
 
 def test_good_requests_are_all_served_among_rude_ones_and_everything_is_freed(tmp_path: Path) -> None:
-    assert bear_rude_clients(tmp_path) > 0
+    assert bear_rude_clients(tmp_path, upload_timeout_seconds=6) > 0
 
 
-def bear_rude_clients(folder: Path, times: int = 1) -> int:
+def bear_rude_clients(folder: Path, times: int = 1, upload_timeout_seconds: int = 10) -> int:
     """Serve good clients among `times` as many rude ones; how many good requests were."""
     served: list[bytes] = []
 
@@ -98,7 +98,8 @@ def bear_rude_clients(folder: Path, times: int = 1) -> int:
 
     large = bytes(LARGE_BYTES * times)
     limits = ("--max-upload-bytes-in-flight", str(UPLOAD_LIMIT * times), "--queue-capacity", str(PLACES * times))
-    with server_process(folder, *limits, "--threads", "1") as server:
+    flags = (*limits, "--upload-timeout-seconds", str(upload_timeout_seconds), "--threads", "1")
+    with server_process(folder, *flags) as server:
         with constantly(4, good):
             wait_until(lambda: len(served) >= 100, 60)
         timeouts_before, before = timeouts(server), held(server)  # in this order: the scrape has a thread of its own
