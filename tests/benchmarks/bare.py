@@ -1,8 +1,8 @@
-"""The service that one writes first: FastAPI, one route, the work in its thread pool. What service.py compares with.
+"""The baseline of service.py: a minimal service with FastAPI, one route, and the work in its thread pool.
 
     python -m tests.benchmarks.bare MODEL.onnx PORT
 
-The same detector, decoding and answer; no bounds, queue, deadlines, metrics or log.
+It has the same detector, decoding and answer, but no bounds, queue, deadlines, metrics or log.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the canvas and the resize rule are worth in AP: the same file, the same pictures, other canvases.
+"""AP with other canvases and resize rules: the same file and the same pictures.
 
     python -m tests.benchmarks.canvas --data DIR [--model FILE.onnx] [--images N]
 

@@ -1,12 +1,12 @@
-"""The service beside what one would pick instead: FastAPI, LitServe, BentoML, Ray Serve, PyTriton.
+"""The service compared with its alternatives: FastAPI, LitServe, BentoML, Ray Serve, PyTriton.
 
     python -m tests.benchmarks.compare [--model FILE.onnx | --resnet50] [--clients N ...] [--requests N] [--rounds N]
 
 Each serves the same ONNX file with the same threads, by our own code for decoding and NMS (tests/benchmarks/peers/), in
 a virtual environment of its own, which is made in the cache folder. In each round every server is started, warmed up,
-asked for the same pictures by 1, 8, 64 clients, and ended before the next: none disturbs another. Clients send their
-next request as soon as they have an answer. One that cannot be installed or started is a line of the table, with the
-reason. Prints markdown; nothing else should run on the machine.
+asked for the same pictures by 1, 8 and 64 clients, and ended before the next one starts. Clients send their next
+request as soon as they have an answer. A server that cannot be installed or started has its reason in the table. Prints
+markdown; nothing else should run on the machine.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What the service makes of a CPU, on a ResNet-50 RetinaNet: beside the bare session, torchvision, OpenVINO, int8.
+"""A ResNet-50 RetinaNet on a CPU: the service compared with the bare session, torchvision, OpenVINO and int8.
 
     python -m tests.benchmarks.cpu [--only SECTION ...] [--rounds N] [--pictures N] [--demo-int8 FILE.onnx ...]
 
 torchvision's v2 layout, 91 classes, random weights that detect, shorter side 800. Sections: service (POST /detect over
 the bare session, torchvision end to end), throughput, int8, openvino, postprocess, start, memory. Prints one markdown
-table; nothing else should run on the machine. About 3 s an inference make 12 minutes of all; the models are made once,
-in the cache folder.
+table; nothing else should run on the machine. At 3 s an inference, all sections take about 12 minutes. The models are
+made once, in the cache folder.
 """
 
 import argparse

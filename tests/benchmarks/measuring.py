@@ -1,7 +1,7 @@
-"""What the benchmarks share: pictures, models, turns, the machine's description, tables, virtual environments.
+"""Shared parts of the benchmarks: pictures, models, turns, the machine's description, tables, virtual environments.
 
-Times are noisy on shared machines, so a benchmark takes its contestants in turns within one run and reports ratios of
-medians. What takes long to make is kept in a cache folder.
+Times are noisy on shared machines, so a benchmark runs its contestants in turns within one run and reports ratios of
+medians. Models and environments are kept in a cache folder.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The service on Ray against the service without, on this machine: what Ray costs.
+"""The cost of Ray: the service on Ray compared with the service without, on this machine.
 
     python -m tests.benchmarks.ray [--only TABLE] [--python FILE] [--model FILE.onnx] [--clients N ...] [--requests N]
 
 Both run in one environment, which is made in the cache folder (or `--python`'s), with the same threads. In each round
-each is started, warmed up, asked for the same pictures and ended before the other: neither disturbs the other. Clients
-send their next request as soon as they have an answer. Prints markdown; nothing else should run on the machine.
+each is started, warmed up, asked for the same pictures, and ended before the other starts. Clients send their next
+request as soon as they have an answer. Prints markdown; nothing else should run on the machine.
 """
 
 import argparse

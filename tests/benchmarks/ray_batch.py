@@ -1,7 +1,7 @@
-"""The batch job on Ray Data beside `service detect` and beside the service: images a second, starts apart.
+"""The batch job on Ray Data compared with `service detect` and the service: images a second, and starts separately.
 
-Part of `python -m tests.benchmarks.ray`. A command takes some pictures, then twice as many: what the second half adds
-is its rate, what is left of the first its start. The service is asked for as many by eight clients.
+Part of `python -m tests.benchmarks.ray`. A command takes some pictures, then twice as many. The additional time gives
+its rate, and the rest of the first time is its start. Eight clients ask the service for as many pictures.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How cost grows with what it should grow with: picture size, batch, classes, clients, objects.
+"""The growth of cost with picture size, canvas, batch, classes, clients and objects.
 
     python -m tests.benchmarks.scale [--only SECTION ...] [--rounds N]
 
-For each a markdown table and a plot in docs/figures/scale. The last column is the growth from the row before:
-1 is linear, 0 is none, more than 1 is worse than linear. Nothing else should run on the machine. About 6 minutes, and
-once two more for the files of many classes.
+Each section prints a markdown table and writes a plot into docs/figures/scale. The last column is the growth from the
+row before: 1 is linear, 0 is none, more than 1 is worse than linear. Nothing else should run on the machine. All take
+about 6 minutes, and the first time 2 more for the files of many classes.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""The service beside a bare FastAPI one on the same model and picture, and at twice what it can do.
+"""The service compared with a bare FastAPI one, on the same model and picture, and at twice its capacity.
 
     python -m tests.benchmarks.service [--seconds N] [--rounds N]
     RETINASERVE_RUNS_AT_ONCE=1 python -m tests.benchmarks.service
     python -m tests.benchmarks.service --beside CHECKOUT    # with another checkout's service in place of the bare one
 
 Prints markdown tables. Clients run in this process, servers in their own; nothing else should run on the machine. The
-two services take turns, so that a machine that grows slower does so for both; what is compared are the two
-measurements of a round, and of the rounds the median counts. Overload is measured twice: with clients on the service's
-own cores, where what a refusal costs its client is lost to the service, and with the cores halved between the two.
+two services take turns, so that a machine that becomes slower does so for both. The ratio is that of a round's two
+measurements, and the median of the rounds counts. Overload is measured twice: with clients on the service's own cores,
+which they share, and with half of the cores for each.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The bare session's memory, for cpu.py: `python session_memory.py MODEL.onnx THREADS INPUTS.npz ...`.
 
-Opens the file with ONNX Runtime's defaults, runs each inputs, prints the resident bytes. Imports nothing of ours.
+Opens the file with ONNX Runtime's defaults, runs all inputs, prints the resident bytes. Imports nothing of ours.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""What tiles bring in AP, and cost in time: the whole picture alone, and tiles of several sizes beside it.
+"""The gain of tiles in AP, and their cost in time: the whole picture alone, and with tiles of several sizes.
 
     python -m tests.benchmarks.tiles [--data DIR] [--model FILE.onnx] [--images N] [--tiles 480 640 960]
 
-Without --data: pictures of shapes on an area 4 × 4 times that of the demo data, the objects as large as they are there.
-Prints a markdown table for docs/benchmarks.md; seconds are of a picture, compared with the whole picture's.
+Without --data, the pictures are 4 × 4 pictures of the demo data side by side, so that objects keep their size. Prints a
+markdown table for docs/benchmarks.md; times are per picture, relative to the whole picture's.
 """
 
 import argparse
