@@ -29,7 +29,7 @@ from training.__main__ import main as training
 ROOT = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 LOGS = ("docs/training-log.md", "docs/ablations.md")
-"""What was typed at the time: commands and flags of then."""
+"""Pages with commands and flags of the past."""
 PRESENT = [name for name in PAGES if name not in LOGS]
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
@@ -131,7 +131,7 @@ def test_routes_exist(page: str) -> None:
 
 @functools.cache
 def status_of(method: str, path: str) -> int:
-    """What a service without a model answers to an empty request."""
+    """Return the status of a service without a model for an empty request."""
 
     async def ask() -> int:
         transport = httpx.ASGITransport(create_app(build_service(Settings())))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("model", "service", "training", "client", "cluster")
+PACKAGES = ("model", "service", "training", "client", "cluster", "tests")
 NEVER_FIRST = {"Of", "What"}
 NEVER_FIRST_OF_FUNCTIONS = NEVER_FIRST | {"Whether", "How", "Why", "Which", "Where", "Who", "Those"}
 

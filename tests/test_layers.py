@@ -29,7 +29,7 @@ WITH_TORCH = {
 }
 """In training too, every file may import it."""
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "pycocotools", "matplotlib", "tensorboard")
-"""What the service does not install."""
+"""Packages that the service does not install."""
 NOT_IN_CORE = ("fastapi", "starlette", "uvicorn", "httpx", "service.api", "service.config")
 
 
@@ -52,7 +52,7 @@ def within(module: str, packages: Iterable[str]) -> bool:
 
 
 def refusal(file: str, module: str) -> str:
-    """Why this file may not import this module; empty if it may."""
+    """Say why this file may not import this module; empty: it may."""
     package, imported = file.split("/")[0], module.split(".")[0]
     without_torch = file not in WITH_TORCH and package != "training"
     if imported == "tests":

@@ -33,7 +33,7 @@ FEWER = {
     "evaluate": "--device cpu",
     "detect": "--score-threshold 0.005 --max-detections 5",
 }
-"""What makes a command of the page quick, and a network of two steps find something."""
+"""Flags that make a command of the page quick, and let a network of two steps find something."""
 
 
 Box = tuple[int, tuple[int, int, int, int]]
@@ -127,7 +127,7 @@ class Walk:
 
 
 def correct_by_hand(folder: Path) -> None:
-    """What the page leaves to a person: what was found is replaced by what is there."""
+    """Replace the detections by the truth, as the page leaves to a person."""
     content = json.loads((folder / "new-to-correct.json").read_text())
     assert content["annotations"], "nothing was found"
     ids = {category["name"]: category["id"] for category in content["categories"]}
@@ -178,7 +178,7 @@ def assert_data_sets_are_those_that_were_drawn(folder: Path) -> None:
 
 
 def boxes_of(*data_sets: CocoDataSet) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Of each picture, by its name, the classes and the boxes xyxy, to the pixel, left to right."""
+    """Read each picture's classes and boxes, by its name: xyxy, whole pixels, left to right."""
     found = {}
     for data in data_sets:
         for picture in data.pictures:

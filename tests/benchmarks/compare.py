@@ -52,7 +52,7 @@ MODEL_PACKAGES = (
     "numpy==2.4.6", "onnxruntime==1.32.0", "opencv-python-headless==5.0.0.93", "pillow==13.0.0", "pydantic==2.14.3",
     "simplejpeg==1.9.0",
 )  # fmt: skip
-"""What `model` needs, in the versions of constraints.txt."""
+"""Packages of `model`, in the versions of constraints.txt."""
 
 
 def raw(data: bytes) -> bytes:
@@ -154,7 +154,7 @@ class PeerFailed(RuntimeError):
 
 @dataclass
 class Measured:
-    """Of one server at one number of clients, over all rounds."""
+    """Measurements of one server at one number of clients, over all rounds."""
 
     throughputs: list[float] = field(default_factory=list)
     """Images per second, one for each round."""
@@ -297,7 +297,7 @@ def measure(url: str, peer: Peer, clients: int, count: int) -> tuple[float, list
 def compare(
     peers: Sequence[Peer], model: Path, cache: Path, clients: Sequence[int], count: int, rounds: int
 ) -> tuple[dict[str, dict[int, Measured]], dict[str, str]]:
-    """What was measured, and the reason for each peer that failed: what it had answered until then still counts."""
+    """Return the measurements, and each failed peer's reason; its answers until then still count."""
     measured = {peer.name: {number: Measured() for number in clients} for peer in peers}
     failed: dict[str, str] = {}
     for round_number in range(rounds):

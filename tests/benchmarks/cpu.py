@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every section gets."""
+    """The arguments of every section."""
 
     cache: Path
     rounds: int

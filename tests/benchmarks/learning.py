@@ -48,7 +48,7 @@ from training.train import AUTOCAST, TrainingForward
 from training.transforms import Batch
 
 CANDIDATES = 1000
-"""Of each level, as in our files."""
+"""Candidates of each level, as in our files."""
 
 
 Losses = Callable[[Batch], Tensor]

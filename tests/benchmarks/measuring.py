@@ -72,7 +72,7 @@ def mixed_photos(count: int = len(SIZES)) -> list[bytes]:
 
 
 def model_inputs(data: bytes, resize: ResizePolicy) -> dict[str, Any]:
-    """What a session takes for this picture."""
+    """Make a session's inputs for this picture."""
     canvas = to_canvas(decode_image(data), resize)
     return {"images": canvas.pixels[None], "sizes": np.array([canvas.size])}
 
@@ -122,7 +122,7 @@ def machine() -> str:
 
 
 def command(module: str) -> str:
-    """What was typed, for the text above a table."""
+    """Return the typed command, for the text above a table."""
     return f"`{' '.join(['python -m', module, *sys.argv[1:]])}`"
 
 

@@ -62,10 +62,10 @@ class Curve:
 
     name: str
     axis: str
-    """What `sizes` are."""
+    """Name of `sizes`."""
     sizes: Sequence[float]
     cost: str
-    """What `seconds` are."""
+    """Name of `seconds`."""
     seconds: Sequence[float]
     others: Sequence[tuple[str, Sequence[str]]] = ()
     """Further columns."""

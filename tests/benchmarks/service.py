@@ -59,12 +59,12 @@ class Latencies:
     """Seconds of each answer, by its status."""
 
     seconds: float
-    """How long was measured."""
+    """Duration of the measurement."""
     by_status: dict[int, list[float]] = field(default_factory=dict)
     exchanges: int = 0
     """Answers of any time, the warm-up too."""
     cpu_seconds: float = 0
-    """What the server used for them."""
+    """CPU time of the server for these exchanges."""
 
     def note(self, status: int, latency: float) -> None:
         self.by_status.setdefault(status, []).append(latency)
@@ -75,7 +75,7 @@ class Latencies:
 
     @property
     def cpu_ms(self) -> float:
-        """Of the server, for one exchange."""
+        """CPU time of the server for one exchange, milliseconds."""
         return self.cpu_seconds / self.exchanges * 1000
 
     def p99_ms(self, status: int = 200) -> float:
@@ -232,7 +232,7 @@ def measure(contender: Contender, kind: str, clients: int, seconds: float) -> La
 
 
 def service_of(checkout: Path) -> Sequence[str]:
-    """What Python runs as that checkout's service: its children, too, then take its code."""
+    """Return Python's arguments that run this checkout's service, whose children then use its code too."""
     run = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
     return "-c", run, str(checkout.resolve()), "-m", "service"
 

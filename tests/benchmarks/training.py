@@ -70,7 +70,7 @@ def initial_state(setting: Setting) -> TrainState:
 
 
 def our_steps(setting: Setting) -> Step:
-    """What the loop of training.train does for a step in one part, without its logging."""
+    """Do what the loop of training.train does for a step in one part, without its logging."""
     config, state = setting.config, initial_state(setting)
     predict = TrainingForward(state.network, config.precision, config.channels_last)
     batches = load_batches(setting.training_set, config, first_step=0, workers=setting.workers)
@@ -92,7 +92,7 @@ def our_steps(setting: Setting) -> Step:
 
 
 def their_steps(setting: Setting) -> Step:
-    """What torchvision's train_one_epoch does for a step, without its logging."""
+    """Do what torchvision's train_one_epoch does for a step, without its logging."""
     config = setting.config
     resnet = RESNETS[config.model.backbone](norm_layer=FrozenBatchNorm2d)
     backbone = _resnet_fpn_extractor(resnet, 3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))

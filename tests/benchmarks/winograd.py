@@ -65,7 +65,7 @@ def open_session(file: Path) -> tuple[Any, float]:
 
 
 def resident_mib(file: Path, inputs: dict[str, Any]) -> float:
-    """What a process that opened the file and ran once holds."""
+    """Measure the memory of a process that has opened the file and run once."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "inputs.npz", **inputs)
         script = Path(__file__).parent / "session_memory.py"

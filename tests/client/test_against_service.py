@@ -85,7 +85,7 @@ def wait_for_more(outcomes: list[Answer | Exception], number: int = 20) -> None:
 
 
 def codes(outcomes: list[Answer | Exception]) -> set[str]:
-    """What the errors among them are."""
+    """Collect the codes of the errors."""
     assert all(isinstance(outcome, Answer | DetectError) for outcome in outcomes)
     return {outcome.code for outcome in outcomes if isinstance(outcome, DetectError)}
 

@@ -1,4 +1,4 @@
-"""What both clients send and read, over a transport that answers by hand."""
+"""Requests and answers of both clients, over a transport with prepared answers."""
 
 import io
 import itertools

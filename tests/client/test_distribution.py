@@ -1,4 +1,4 @@
-"""What `make client` builds, and that the README's lines run."""
+"""The distribution that `make client` builds, and the code of its README."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What is repeated, after how long, and until when: the generator alone, with a clock of its own."""
+"""Retries of the client: the generator alone, with a clock of its own."""
 
 import datetime
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def steps_of(steps: Steps, outcomes: Sequence[Outcome]) -> Iterator[Send | Pause
 
 
 def attempts_with(*outcomes: Outcome, attempts: int = 5) -> int:
-    """How many attempts succeed with these."""
+    """Count the attempts with these answers."""
     taken = list(steps_of(Retries(35, 120, attempts).steps("mine"), outcomes))
     return sum(isinstance(step, Send) for step in taken)
 

@@ -1,4 +1,4 @@
-"""What of the Docker files can be checked without an engine: they agree with the project and the service's settings."""
+"""Checks of the Docker files without an engine: they agree with the project and the service's settings."""
 
 import re
 import tomllib

@@ -123,7 +123,7 @@ def answers(url: str) -> bool:
 
 
 def has_data(server: str, expr: str) -> bool:
-    """Whether the query has at least one finite value now."""
+    """Tell whether the query has at least one finite value now."""
     answer: dict[str, Any] = httpx.get(f"{server}/api/v1/query", params={"query": expr}).json()
     assert answer["status"] == "success", answer
     return any(math.isfinite(float(sample["value"][1])) for sample in answer["data"]["result"])

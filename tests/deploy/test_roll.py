@@ -40,7 +40,7 @@ class Project:
 
     @property
     def logs(self) -> dict[str, str]:
-        """What was kept, by the container's name."""
+        """The saved logs, by the container's name."""
         return {path.stem.split("-", 1)[1]: path.read_text() for path in (self.folder / "logs").glob("*.log")}
 
     def roll(self) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""What several tests of the model use: two processes for exports, each of which keeps one core busy for 10 to 30 s."""
+"""Fixtures of the model's tests: two processes for exports, each of which keeps one core busy for 10 to 30 s."""
 
 import multiprocessing
 from collections.abc import Iterator

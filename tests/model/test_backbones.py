@@ -146,7 +146,7 @@ def test_the_exported_file_finds_what_the_checkpoint_finds(name: str, exports: d
 
 
 def assert_finds_the_same(folder: Path) -> None:
-    """Of both the candidates are compared: which of two near-equal boxes NMS keeps is a matter of the last bit."""
+    """Compare candidates, not detections: the last bit decides which of two near-equal boxes NMS keeps."""
     checkpoint = load_checkpoint(folder / "model.pt")
     run, detector = torch_run(build_detector(checkpoint)), Detector(folder / "model.onnx", device="cpu")
     canvases = [to_canvas(draw(128, 200, seed), SMALL_CANVAS) for seed in range(9, 13)]

@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Exports:
-    """What the other processes are making."""
+    """The exports that other processes are making."""
 
     cases: dict[str, "AsyncResult[Case]"]
     half: "AsyncResult[Path]"

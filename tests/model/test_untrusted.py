@@ -1,4 +1,4 @@
-"""What a model file is refused for before anything interprets it."""
+"""Reasons to refuse a model file before anything interprets it."""
 
 import hashlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the service promises, at full length: hours. Stop and start it as you like; what is done is kept.
+"""Run the service's promises at full length, for hours. Stop and start it as you like; finished work is kept.
 
     python -m tests.reliability [GATE ...] [--scale F] [--state FILE] [--report PAGE] [--control] [--anew] [--list]
 

@@ -29,7 +29,7 @@ Sample = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Books(collections.Counter[Sample]):
-    """What the clients know of each counter."""
+    """The clients' own count of each counter."""
 
     lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""What one file costs the service: time on the event loop, CPU seconds and memory of its decode, of what is allowed.
+"""The cost of one file to the service, in shares of its bounds: time on the event loop, CPU seconds, decoding memory.
 
 A process decodes as the service's children do, under the same limits, and measures itself; it is replaced when it dies.
 """

@@ -140,7 +140,7 @@ LINKS = {
     "RETINASERVE_PORT_8000_TCP_PORT": "8000",
     "RETINASERVE_PORT_8000_TCP_ADDR": "10.43.7.9",
 }
-"""What the kubelet sets in a pod beside a Service called retinaserve."""
+"""Variables that the kubelet sets in a pod for a Service named retinaserve."""
 
 
 def test_service_links_of_kubernetes_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds."""
+    """The resources that a process holds."""
 
     resident_bytes: int
     descriptors: int

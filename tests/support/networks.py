@@ -124,7 +124,7 @@ def missing(
     iou: float = 0.98,
     from_score: float = 0.1,
 ) -> tuple[int, int]:
-    """How many of `wanted` that score from `from_score` on have no counterpart, and how many those are."""
+    """Count the detections of `wanted` that score `from_score` or more without a counterpart, and all of them."""
     sure = wanted.scores >= from_score
     overlap = box_iou(torch.from_numpy(wanted.boxes[sure]), torch.from_numpy(found.boxes)).numpy() >= iou
     # a box that clipping left without area overlaps nothing, not even itself

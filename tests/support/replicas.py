@@ -48,7 +48,7 @@ class Proxy:
         self.statistics = f"http://127.0.0.1:{statistics}"
 
     def serves_with(self, *replicas: str) -> bool:
-        """Whether these replicas, and no others, pass their checks."""
+        """Tell whether these replicas, and no others, pass their checks."""
         rows = csv.DictReader(io.StringIO(ask(self.statistics, "/;csv", method="GET").body.decode()))
         up = [row["svname"] for row in rows if row["# pxname"] == "replicas" and row["status"].startswith("UP")]
         return set(up) - {"BACKEND"} == set(replicas)

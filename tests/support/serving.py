@@ -72,10 +72,10 @@ class FakeDetector:
     tf32: bool = False
     sha256: str = "0" * 64
     lanes: int = 1
-    """Of them shared ones under concurrent load, as on a CPU, where there are several."""
+    """Number of lanes; if there are several, they are shared under concurrent load, as on a CPU."""
     batch_size: int = 1
     shared: list[bool] = field(default_factory=list)
-    """Of each run, whether its lane was a shared one."""
+    """True for each run on a shared lane."""
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -155,7 +155,7 @@ class Serving:
 
 @functools.cache
 def decoders() -> Decoders:
-    """Those of all services in this process: to start some takes half a second."""
+    """Return the decoders that all services of this process share: starting them takes half a second."""
     shared = Decoders(2, DecoderMetrics(CollectorRegistry()))
     shared.start()
     atexit.register(shared.close)

@@ -83,7 +83,7 @@ def train_here(
 
 
 def train_arguments(config: TrainConfig, data: Path, out: Path, *more: str) -> list[str]:
-    """What trains with this config, behind `python -m training`."""
+    """Return the arguments of `python -m training` that train with this config."""
     command = ["train", "--preset", "paper", "--data", str(data), "--out", str(out)]
     return [*command, "--workers", "0", "--device", "cpu", *flags(config), *more]
 

@@ -1,4 +1,4 @@
-"""What a good client and a probe see of a server, and the memory that it takes, while others ask it for much."""
+"""Observation of a server under attack: a good client, a probe, and its memory."""
 
 import contextlib
 import threading
@@ -13,7 +13,7 @@ import psutil
 from tests.support.serving import ServerProcess, picture
 
 SETTLED = 200 * 2**20
-"""What may stay in the allocators' hands."""
+"""Bytes that allocators may keep."""
 
 
 def memory(process: psutil.Process) -> int:
@@ -27,7 +27,7 @@ def memory(process: psutil.Process) -> int:
 
 @dataclass
 class Watch:
-    """What a good client and a probe see, and the memory, while an attack goes on."""
+    """Observations of a good client and a probe, and the memory, during an attack."""
 
     server: ServerProcess
     highest: int = 0

@@ -36,7 +36,7 @@ ANYTHING = "ok|overloaded|timeout|cancelled"
 
 @dataclass
 class Ledger:
-    """What the clients know of each request, by its id."""
+    """The clients' knowledge of each request, by its id."""
 
     outcomes: dict[str, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -22,7 +22,7 @@ from tests.support.tiny_model import write_tiny_model
 
 WHITE = picture(colour=(255, 255, 255))
 IMAGES = [blocks(80, 64, seed) for seed in range(10)]
-"""Of the size of the white one, so that they share batches."""
+"""Pictures of the white one's size, so that they share batches."""
 NO_FILE_MAY_GROW = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = PRETRAINED.with_name("example.jpg")
 SECONDS = 3
 SHARE = 0.03
-"""Of one core. An inference thread that spins takes all of its own; the GPU and file polls take about 0.002."""
+"""Most of one core. A spinning inference thread takes a whole one; the GPU and file polls take about 0.002."""
 
 
 def test_an_idle_service_takes_next_to_no_cpu_before_and_after_it_has_worked(tmp_path: Path) -> None:

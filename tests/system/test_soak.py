@@ -26,7 +26,7 @@ CLIENTS = 8
 BYTES_KEPT_PER_REQUEST = 400
 """Noise. The smallest leak, a request's own record, is larger."""
 SPARE = 2
-"""Of descriptors and threads: a client that just left is still being noticed, a pool's last thread starts late."""
+"""Tolerance of descriptors and threads: a client that left is noticed late, a pool's last thread starts late."""
 IMAGE = blocks(20, 16, seed=1)
 BASE64 = json.dumps({"image": base64.b64encode(IMAGE).decode()}).encode()
 FORM = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + IMAGE + b"\r\n--x--\r\n"
@@ -81,7 +81,7 @@ def leave(server: ServerProcess) -> None:
 
 
 def soak(server: ServerProcess, requests: int) -> list[Footprint]:
-    """What the server holds after it has warmed up and then after each share of the rest."""
+    """Return the server's footprint after its warm-up, and after each share of the other requests."""
     numbers = itertools.count()
     warm = next(footprints(server, numbers, WARM_UP))
     return [warm, *itertools.islice(footprints(server, numbers, (requests - WARM_UP) // SAMPLES), SAMPLES)]
@@ -103,7 +103,7 @@ def footprints(server: ServerProcess, numbers: Iterator[int], step: int) -> Iter
 
 
 def leaks(samples: list[Footprint], requests: int) -> set[str]:
-    """Of what the server holds ever more."""
+    """Return the resources that grow."""
     earlier, later = samples[: SAMPLES // 2], samples[SAMPLES // 2 :]
 
     growing = {

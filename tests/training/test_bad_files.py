@@ -58,7 +58,7 @@ def refusal(arguments: list[str | Path], capfd: pytest.CaptureFixture[str]) -> s
 
 
 def flags() -> list[str]:
-    """Of the smallest run."""
+    """Return the flags of the smallest run."""
     values = {"backbone": "resnet18", "backbone-width": 0.25, "backbone-norm": "batch", "fpn-channels": 16}
     values |= {"head-channels": 16, "head-convs": 1, "steps": 2, "batch-size": 2, "workers": 0, "shorter-sides": 64}
     values |= {"shorter-side": 64, "longest-side": 96, "warmup-steps": 1, "learning-rate": 0.01}

@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUN_FOLDER = ["best.pt", "last.pt", "metrics.jsonl", "report", "tensorboard"]
-"""What a finished run leaves, and nothing half-written beside it."""
+"""Files of a finished run, which leaves no unfinished ones."""
 
 
 def run(config: TrainConfig, data: Path, out: Path, *, resume: bool = False) -> Checkpoint:

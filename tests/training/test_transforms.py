@@ -22,7 +22,7 @@ def picture_with_box(box: tuple[int, int, int, int], height: int = 60, width: in
 
 
 def box_in_pixels(sample: Sample) -> NDArray[np.float64]:
-    """Where the brightness passes one half."""
+    """Find the box in which the brightness exceeds one half."""
     rows = np.flatnonzero(sample.pixels.max(axis=(1, 2)) > 127)
     columns = np.flatnonzero(sample.pixels.max(axis=(0, 2)) > 127)
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)

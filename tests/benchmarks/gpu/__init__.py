@@ -1,1 +1,1 @@
-"""What the detector does on the GPU at hand: whether it answers as on the CPU, and how fast. See __main__."""
+"""The detector on this machine's GPU: agreement with the CPU, and speed. See __main__."""

@@ -1,4 +1,4 @@
-"""What the detector does on the GPU at hand, beside what else the same GPU could do.
+"""The detector on this machine's GPU, compared with what else the same GPU can do.
 
     python -m tests.benchmarks.gpu --out FILE.jsonl --models DIR [--sections NAMES]
     python -m tests.benchmarks.gpu --out FILE.jsonl --models DIR --device cpu --quick    the same code on a CPU, to see

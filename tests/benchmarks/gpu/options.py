@@ -107,7 +107,7 @@ def _replayed(plan: Plan, shape: InputShape, best: CudaOptions) -> Sequence[Any]
 
 
 def _beside_uploads(captured: Bound, other_session: Bound, images: Any) -> str:
-    """Whether replays go on while another thread uploads."""
+    """Say whether replays work while another thread uploads."""
     done = threading.Event()
 
     def upload() -> None:

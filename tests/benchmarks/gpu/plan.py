@@ -1,4 +1,4 @@
-"""What is measured, for how long, and on which files."""
+"""The plan of a run: what is measured, for how long, and on which files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ class Plan:
     canvases: tuple[tuple[int, int], ...]
     """(height, width); the first is the one that most sections are about."""
     batches: tuple[int, ...]
-    """Of a lone picture, of a full batch, and beyond it."""
+    """Batch sizes: a lone picture, a full batch, and larger ones."""
     clients: tuple[int, ...]
     picture: tuple[int, int]
     """(width, height) of the JPEG that clients send; its canvas is the first."""
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def precision(self) -> Precision:
-        """What the device is served with; a CPU has no half-precision arithmetic."""
+        """Precision that serves on the device; a CPU has no half-precision arithmetic."""
         return "fp16" if self.device == "cuda" else "fp32"
 
     def model_file(self, precision: Precision) -> Path:

@@ -109,7 +109,7 @@ def milliseconds(seconds: float) -> float:
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    """What it answers, and how many seconds it takes."""
+    """Return the action's result and its seconds."""
     started = time.perf_counter()
     answer = action()
     return answer, time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""What every peer serves: the same file, decoding, threads, NMS and answer as ours, by our own code.
+"""The detection that every peer serves: the same file, decoding, threads, NMS and answer as ours, by our own code.
 
 `peers.py` names the model in BENCHMARK_MODEL, the threads of an inference in BENCHMARK_THREADS and the port in
 BENCHMARK_PORT. Needs of our packages `model` alone.

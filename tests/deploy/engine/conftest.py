@@ -1,4 +1,4 @@
-"""What the tests on an engine share: a clean checkout of HEAD, both images, and one project of one replica.
+"""Fixtures of the tests on an engine: a clean checkout of HEAD, both images, and one project of one replica.
 
 The project has a name and ports of its own, and is removed at the end. Grafana is not started: test_grafana.py asks the
 dashboard's queries. Needs git, and an engine with the base images.

@@ -295,7 +295,7 @@ def test_a_proxy_that_is_gone_pages_and_reaches_the_webhook(stack: Stack, keys: 
 
 
 def is_there(service: str, stack: Stack) -> bool:
-    """Whether the engine has the service's image, or can pull it."""
+    """Tell whether the engine has the service's image, or can pull it."""
     image = stack.compose("config", "--images", service).splitlines()[-1]
     known = subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode == 0
     return known or subprocess.run(["docker", "pull", image], capture_output=True).returncode == 0

@@ -1,4 +1,4 @@
-"""What ends and starts again by itself on an engine."""
+"""Recovery on an engine: containers that end and start again by themselves."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -29,7 +29,7 @@ class Call(NamedTuple):
     what: str
     num_bytes: int
     address: int
-    """Of the device's memory that a copy reads or writes."""
+    """Address of the device's memory that a copy reads or writes."""
 
 
 class FakeCuda:
@@ -46,7 +46,7 @@ class FakeCuda:
 
     @contextmanager
     def calls(self) -> Iterator[list[Call]]:
-        """Those made inside, once it has ended."""
+        """Collect the calls of this context, once it has ended."""
         start, calls = self._log.stat().st_size, list[Call]()
         yield calls
         with self._log.open("rb") as log:

@@ -23,7 +23,7 @@ IMAGE = blocks(90, 80, seed=1)
 OK = (200, "application/json")
 NO_ANSWER = (0, "")
 LOST = {(500, "text/plain"), NO_ANSWER}
-"""What becomes of requests in flight on a replica that dies, by status and media type."""
+"""Allowed answers for requests in flight on a replica that dies, by status and media type."""
 
 
 @pytest.fixture(scope="module")

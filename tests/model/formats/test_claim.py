@@ -1,4 +1,4 @@
-"""What a file claims: what Pillow reads off it, or nothing; and never more work than a bounded walk."""
+"""A file's claim is what Pillow reads, or nothing, and never takes more than a bounded walk."""
 
 import io
 import struct

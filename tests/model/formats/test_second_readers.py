@@ -23,7 +23,7 @@ from tests.support.pictures import encode, picture
 from tests.system.test_fuzz import mutants
 
 MUTANTS = 250
-"""Of each format."""
+"""Damaged pictures of each format."""
 MAX_PIXELS = 100_000
 SAME = 1.5
 """Mean difference in grey levels: readers round colours and upsampled chroma differently."""
@@ -59,7 +59,7 @@ def seeds() -> dict[str, list[bytes]]:
 
 
 def with_right_checksums(data: bytes) -> bytes:
-    """Of a PNG: else nearly all damage is found by the checksums, and never read."""
+    """Correct a PNG's checksums: otherwise they reveal nearly all damage, and it is never read."""
     out, position = SIGNATURE, len(SIGNATURE)
     while position + 12 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")

@@ -1,4 +1,4 @@
-"""What came is named by its first bytes: no error says of a picture that it is none."""
+"""A file is named by its first bytes, and no error calls a picture something else."""
 
 import io
 import pickle

@@ -29,7 +29,7 @@ from tests.support.serving import wait_until
 from tests.support.tiny_model import SMALL, write_tiny_model
 
 COPIED_BYTES = 2 * 3 * 64 * 64
-"""What a canvas of 64 × 64 takes in two lanes."""
+"""Bytes of a canvas of 64 × 64 in two lanes."""
 OUT_OF_MEMORY = RuntimeError("bfc_arena.cc:360 Available memory of 1 is smaller than requested bytes of 2")
 
 

@@ -1,4 +1,4 @@
-"""What a connection may bring, leave unread or leave undone, over real sockets."""
+"""Bounds on what a connection sends, leaves unread or leaves unfinished, over real sockets."""
 
 import contextlib
 import io

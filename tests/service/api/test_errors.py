@@ -40,7 +40,7 @@ def test_every_status_has_one_outcome_that_the_metrics_know() -> None:
 
 
 def exceptions_of(package: ModuleType) -> Iterator[type[Exception]]:
-    """Those that its modules define."""
+    """Yield the exceptions that the package's modules define."""
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == module.name:

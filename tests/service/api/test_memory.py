@@ -1,4 +1,4 @@
-"""What requests hold is counted until they need it no more: bodies until they are answered, drawings until they are
+"""Memory of requests is counted while they need it: bodies until they are answered, drawings until they are
 read; and what does not fit is refused, while others are served."""
 
 import socket

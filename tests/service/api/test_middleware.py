@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, keys, other origins."""
+"""The layers around every request: its id, keys, other origins."""
 
 from tests.support.serving import PNG, FakeDetector, Serving, assert_problem, detect, picture, serving
 

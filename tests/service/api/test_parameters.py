@@ -1,4 +1,4 @@
-"""What the query decides, and who wins over whom."""
+"""The query's effects, and which source of a value overrides which."""
 
 from tests.support.serving import PNG, FakeDetector, Serving, detect, picture, serving
 

@@ -1,4 +1,4 @@
-"""What a worker does next, as a table: who waits, what is under way, the lanes and now in; the choice out.
+"""A worker's next step, as a table: waiting jobs, work under way, lanes and time in; the choice out.
 
 Jobs are letters. The model `m` takes batches of two, `n` serves after a reload. Nothing here runs or waits.
 """
@@ -28,7 +28,7 @@ class Device:
     taken: int = 0
     closed: Collection[tuple[int, int]] = ()
     concurrent: list[bool] = field(default_factory=list)
-    """What each call was told."""
+    """The argument of each call."""
 
     def free_lane(self, canvas_size: tuple[int, int], count: int, *, concurrent: bool) -> Lane | None:
         self.concurrent.append(concurrent)
@@ -50,7 +50,7 @@ class Scene:
         self.waiting = Waiting(decode_threads, delay)
         self.jobs: dict[str, Job] = {}
         self.bytes: dict[str, int] = {}
-        """What decoding takes, if not 10."""
+        """Bytes that decoding takes, if not 10."""
 
     def encoded(self, names: str, of: LoadedModel | None = None) -> "Scene":
         for name in names:

@@ -36,7 +36,7 @@ class Kills(DecoderMetrics):
         super().__init__(CollectorRegistry())
 
     def __eq__(self, reasons: object) -> bool:
-        """Those that have been counted, as a list."""
+        """Compare the counted reasons, as a list."""
         samples = [sample for metric in self.kills.collect() for sample in metric.samples]
         return reasons == [sample.labels["reason"] for sample in samples for _ in range(int(sample.value))]
 
@@ -210,7 +210,7 @@ def test_where_no_process_could_be_started_the_next_picture_tries_again(
 
 
 def test_a_decoder_cannot_announce_more_than_an_answer_has() -> None:
-    """What it sends is not to be trusted, and room for what it announces would be taken here."""
+    """A decoder is not trusted, and memory for the announced bytes would be taken here."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall((2**32 - 1).to_bytes(4, "little"))

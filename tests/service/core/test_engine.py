@@ -58,7 +58,7 @@ def test_beyond_the_places_requests_get_429_and_the_counts_are_exact() -> None:
 
 @pytest.mark.parametrize("arrives", ["at once", "in two parts"])
 def test_a_refused_client_can_use_its_connection_again(arrives: str) -> None:
-    """Whether it was refused at the door or after its body had come."""
+    """The client may be refused before its body has come or after."""
     with serving(detector := FakeDetector(), queue_capacity=1) as server:
         detector.gate.clear()
         [first] = in_background(1, lambda: detect(server))

@@ -134,7 +134,7 @@ class Scene:
             self.put_off.append(step)
 
     def error(self, name: str) -> BaseException | None:
-        """What the job has failed with; None while it has not."""
+        """Return the job's error; None: it has not failed."""
         future = self[name].future
         return future.exception() if future.done() else None
 

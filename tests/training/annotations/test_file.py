@@ -1,4 +1,4 @@
-"""What of an annotation file is read, what is dropped with a word, and what is refused with file, id and reason."""
+"""Annotation files: data that are read, dropped with a message, or refused with file, id and reason."""
 
 import codecs
 import json

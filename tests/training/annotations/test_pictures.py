@@ -1,4 +1,4 @@
-"""What would fail in the middle of a run is found before its first step."""
+"""Pictures that would fail in the middle of a run are found before its first step."""
 
 import logging
 from collections.abc import Callable

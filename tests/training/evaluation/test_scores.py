@@ -1,4 +1,4 @@
-"""What a score is worth, on detections whose worth is known; and AP by a second implementation."""
+"""The figures of scores, on detections with known values; and AP by a second implementation."""
 
 import contextlib
 import io

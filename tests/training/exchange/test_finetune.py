@@ -32,7 +32,7 @@ NEW = (Label(5, "thing 2"), Label(6, "bird"), Label(9, "thing 0"), Label(11, "fi
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    """Of the classes thing 0, thing 1, thing 2."""
+    """A checkpoint of the classes thing 0, thing 1, thing 2."""
     return tiny_checkpoint(3, lively=False)
 
 

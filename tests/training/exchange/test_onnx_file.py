@@ -1,4 +1,4 @@
-"""What the export does to the network before it is traced. That the file answers as torch does, it checks itself."""
+"""The export's changes of the network before tracing. It checks itself that the file answers as torch does."""
 
 from collections import Counter
 from dataclasses import replace

@@ -77,7 +77,7 @@ def test_layers_of_stride_1_are_rewritten_and_stay_in_tiles_between() -> None:
 
 
 def gathers_of_sizes(model: onnx.ModelProto) -> int:
-    """How many take a side out of a map's shape."""
+    """Count the nodes that take a side out of a map's shape."""
     shapes = {node.output[0] for node in model.graph.node if node.op_type == "Shape"}
     return sum(node.op_type == "Gather" and node.input[0] in shapes for node in model.graph.node)
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: it shows what the evaluation found, and can be read at any moment."""
+"""The report of a run shows the evaluation's detections, and can be read at any moment."""
 
 import base64
 import io

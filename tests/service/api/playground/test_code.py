@@ -29,7 +29,7 @@ def run(*command: str, folder: Path, **environment: str) -> str:
 
 
 def labels(playground: Playground, tab: str, folder: Path, **environment: str) -> list[str]:
-    """What the code of this tab finds, run as it stands."""
+    """Run the code of this tab unchanged, and return the labels that it finds."""
     code = playground.code(tab)
     if tab == "curl":
         printed = json.loads(run("bash", "-ec", code, folder=folder, **environment))

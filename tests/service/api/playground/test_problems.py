@@ -1,4 +1,4 @@
-"""What goes wrong is told with its code; what passes is waited for; a key is asked for and forgotten."""
+"""Errors are shown with their code, temporary ones are waited for, and a key is asked for and forgotten."""
 
 import re
 from pathlib import Path

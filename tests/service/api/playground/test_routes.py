@@ -21,7 +21,7 @@ POLICY = {
 
 
 class Links(HTMLParser):
-    """What the page loads, and the attributes that its policy forbids."""
+    """Collects the files that the page loads, and the attributes that its policy forbids."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
