@@ -129,7 +129,7 @@ def load_batches(
                     raise InvalidDataSet(f"{problem}; --unreadable skip continues without it")
                 if problem not in skipped:
                     skipped.add(problem)
-                    log.warning("skipped, another picture stands in (%d so far): %s", len(skipped), problem)
+                    log.warning("skipped and replaced by another picture (%d so far): %s", len(skipped), problem)
             yield batch
 
 

@@ -94,7 +94,7 @@ def import_weights(
     labels = read_labels(label_file, num_columns) if label_file else _coco_labels(architecture, num_columns)
     if not is_published:
         anchors = f"base sizes {config.anchors.base_sizes}, aspect ratios {config.anchors.aspect_ratios}"
-        log.warning("a state dict does not tell anchors and resize; taken are %s, %s", anchors, whole.resize)
+        log.warning("a state dict does not hold anchors and resize; %s and %s are assumed", anchors, whole.resize)
     log.info("%s: %d columns, batch-norm epsilon %g", weights, num_columns, norm_epsilon)
     return Checkpoint(
         config=whole,

@@ -70,7 +70,7 @@ class Report:
         sections += [
             "<h2>Do the anchors fit?</h2>",
             f"<p>{escape(self._fit.summary())}.</p>",
-            _image(folder, "anchors.png", self._fit_image, "objects as they lie on the canvas"),
+            _image(folder, "anchors.png", self._fit_image, "objects on their canvases"),
             f"<details><summary>in figures</summary><pre>{escape(self._fit.table())}</pre></details>",
             "<h2>Settings</h2>",
             f"<details><summary>all values</summary><pre>{escape(settings)}</pre></details>",
@@ -85,7 +85,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     lines = file.read_text().splitlines() if file.exists() else []
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in lines:
-        with suppress(json.JSONDecodeError):  # a run that was killed may have left half a line, and gone on behind it
+        with suppress(json.JSONDecodeError):  # a killed run may leave half a line before those of the resumed run
             entry = json.loads(line)
             entries[entry["step"], "ap" in entry] = entry
     return [entries[key] for key in sorted(entries)]
@@ -134,7 +134,7 @@ def _classes(ap: ApReport) -> str:
 
 
 def _pictures(folder: Path, pictures: Sequence[ShownPicture], names: Mapping[int, str]) -> list[str]:
-    keys = ((FOUND, "found"), (WRONG, "not there, or of another class"), (MISSED, "missed"))
+    keys = ((FOUND, "found"), (WRONG, "wrong place or class"), (MISSED, "missed"))
     legend = " ".join(f'<span class="key" style="background:{colour}">{text}</span>' for colour, text in keys)
     images = [
         _image(folder, f"picture-{number:02}.jpg", detections_and_truth(shown, names), shown.name)
@@ -150,7 +150,12 @@ def _pictures(folder: Path, pictures: Sequence[ShownPicture], names: Mapping[int
 def _curves(folder: Path, entries: Sequence[Mapping[str, Any]], ap: ApReport) -> list[str]:
     return [
         "<h2>Training</h2>",
-        _image(folder, "training.png", training_curves(entries), "dashed: validation pictures, whole, as they are"),
+        _image(
+            folder,
+            "training.png",
+            training_curves(entries),
+            "dashed: validation, on whole pictures without augmentation",
+        ),
         "<h2>Precision and recall</h2>",
         _image(folder, "precision-recall.png", precision_recall(ap), "COCO's: 101 recalls, 100 detections"),
         "<h2>Scores</h2>",

@@ -204,4 +204,4 @@ def test_anchors_and_resize_are_taken_where_they_differ_and_said(
     assert checkpoint.config.model.anchors.stride == "torchvision"
     assert (checkpoint.config.resize.shorter_side, checkpoint.config.resize.longest_side) == (400, 600)
     assert {value.dtype for value in checkpoint.model.values()} == {torch.float32}
-    assert "a state dict does not tell anchors and resize; taken are base sizes (16.0, 32.0" in caplog.text
+    assert "a state dict does not hold anchors and resize; base sizes (16.0, 32.0" in caplog.text
