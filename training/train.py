@@ -81,18 +81,7 @@ def train(
             anchors = state.network.anchors_of(batch.canvas)
             matches = match_step(batch, anchors, config, state.step)
             divisors = state.loss_divisors(matches, config.loss.normaliser, ranks)
-            sums = torch.zeros(2, dtype=torch.float64, device=device)
-            parts = batch.parts(config.accumulate_steps)
-            for part in parts:
-                with gradients_kept(predict, apart=part is not parts[-1]):
-                    predictions = predict(batch.images[part], batch.sizes[part])
-                    own = matched_losses(
-                        predictions, anchors, batch.targets[part], matches[part], divisors[part], config.loss
-                    )
-                    share = own.total * ranks.size  # the ranks' gradients will be averaged
-                    state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-                sums += torch.stack([own.classification, own.box]).detach()
-            losses = Losses(*ranks.sum(sums))
+            losses = add_gradients(state, predict, batch, anchors, matches, divisors, config, ranks)
             divergence.check(state.step + 1, losses)
             state.update(gradient_clip=config.optimiser.gradient_clip, ema_decay=config.optimiser.ema_decay)
             if metrics:
@@ -136,6 +125,29 @@ def match_step(batch: Batch, anchors: Tensor, config: TrainConfig, step: int) ->
     """Match the anchors to the objects of a step's images, before the first forward pass: int64 [N, A]."""
     sizes = [(height, width) for height, width in batch.sizes.tolist()]
     return match_batch(anchors, batch.targets, config.loss, sizes=sizes, seed=sampling_seed(config.seed, step))
+
+
+def add_gradients(
+    state: TrainState,
+    predict: nn.Module,
+    batch: Batch,
+    anchors: Tensor,
+    matches: Tensor,
+    divisors: Tensor,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> Losses:
+    """Compute the step's gradients, part by part, and return its losses, those of all ranks together."""
+    sums = torch.zeros(2, dtype=torch.float64, device=batch.images.device)
+    parts = batch.parts(config.accumulate_steps)
+    for part in parts:
+        with gradients_kept(predict, apart=part is not parts[-1]):
+            predictions = predict(batch.images[part], batch.sizes[part])
+            own = matched_losses(predictions, anchors, batch.targets[part], matches[part], divisors[part], config.loss)
+            share = own.total * ranks.size  # the ranks' gradients will be averaged
+            state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack([own.classification, own.box]).detach()
+    return Losses(*ranks.sum(sums))
 
 
 class TrainingForward(nn.Module):
