@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from model.runtime.session import has_cuda_build
 from model.types import Detections
 from tests.benchmarks.gpu.agreement import EXACT, matched
 from tests.benchmarks.gpu.report import Report, lines, markdown
+from tests.support.serving import wait_until
 
 COMMAND = [sys.executable, "-m", "tests.benchmarks.gpu"]
 
@@ -39,6 +41,20 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(tmp_path: Path) -
     assert finished.stdout == ""
     assert [line.startswith("no GPU to measure: ") for line in finished.stderr.splitlines()] == [True]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_when_it_is_ended_no_section_is_left_behind(tmp_path: Path) -> None:
+    files = ["--out", str(tmp_path / "gpu.jsonl"), "--models", str(tmp_path / "models")]
+    process = subprocess.Popen([*COMMAND, *files, "--device", "cpu", "--quick", "--sections", "models"])
+    try:
+        wait_until((tmp_path / "gpu.jsonl").exists)
+        [section] = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(30) == 143
+        assert not section.is_running()
+    finally:
+        process.kill()
 
 
 def test_results_are_on_the_disk_at_once_and_become_tables(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def main() -> int:
     if given.device == "cuda" and (reason := why_no_gpu()):
         print(f"no GPU to measure: {reason}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no section is left behind
     given.models.mkdir(parents=True, exist_ok=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     return 1 if run_sections(given.sections, given) else 0

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from model.runtime.cuda_session import CudaOptions, InputShape, free_bytes, share_arena
-from tests.benchmarks.gpu.options import best_options
+from model.runtime.cuda_device import DEFAULT_OPTIONS
+from model.runtime.cuda_session import InputShape, free_bytes, share_arena
 from tests.benchmarks.gpu.plan import Plan
 from tests.benchmarks.gpu.report import Report, milliseconds, timed
 from tests.benchmarks.gpu.session import MEMORY_LIMIT_BYTES, Bound
@@ -21,8 +21,7 @@ HOWS: dict[str, dict[str, bool]] = {
 
 
 def memory(plan: Plan, report: Report) -> None:
-    best = best_options(report)
-    report.note(f"with {asdict(best)}; a session's weights are {len(plan.model_bytes()) / 1e6:.0f} MB")
+    report.note(f"with {asdict(DEFAULT_OPTIONS)}; a session's weights are {len(plan.model_bytes()) / 1e6:.0f} MB")
     report.table("how", "shape", "MB more", "bytes per pixel, less weights", "s to open", "s to plan", "second run, ms")
     for how, given in HOWS.items():
         kept: list[Bound] = []
@@ -31,9 +30,9 @@ def memory(plan: Plan, report: Report) -> None:
         for batch in plan.batches[:2]:
             for canvas in plan.canvases:
                 shape = InputShape(batch, *canvas)
-                open_one = partial(Bound, plan.model_bytes(), plan, shape, best, **given)
+                open_one = partial(Bound, plan.model_bytes(), plan, shape, DEFAULT_OPTIONS, **given)
                 report.attempt([how, "×".join(map(str, shape))], partial(_opened, plan, shape, open_one, kept))
-    threads(plan, report, best)
+    threads(plan, report)
 
 
 def _opened(plan: Plan, shape: InputShape, open_one: Callable[[], Bound], kept: list[Bound]) -> Sequence[Any]:
@@ -47,9 +46,9 @@ def _opened(plan: Plan, shape: InputShape, open_one: Callable[[], Bound], kept: 
             milliseconds(second)]  # fmt: skip
 
 
-def threads(plan: Plan, report: Report, best: CudaOptions) -> None:
+def threads(plan: Plan, report: Report) -> None:
     report.table("first run of one session on a new thread", "ms", "MB more")
-    session = Bound(plan.model_bytes(), plan, InputShape(plan.batches[0], *plan.canvases[0]), best)
+    session = Bound(plan.model_bytes(), plan, InputShape(plan.batches[0], *plan.canvases[0]), DEFAULT_OPTIONS)
     for number in range(THREADS):
         before = used_bytes(plan)
         taken: list[float] = []

@@ -18,12 +18,10 @@ PLAIN = CudaOptions(prefer_nhwc=False, fuse_conv_bias=False)
 """ONNX Runtime's own defaults, but for the search."""
 VARIANTS = (
     PLAIN,
-    replace(PLAIN, fuse_conv_bias=True),
     replace(PLAIN, prefer_nhwc=True),
     GUESS,
     replace(GUESS, algorithm_search="EXHAUSTIVE"),
     replace(PLAIN, algorithm_search="EXHAUSTIVE"),
-    replace(GUESS, algorithm_search="DEFAULT"),
     PLAIN,  # again: what differs from the first time is noise
 )
 VARIED = ("prefer_nhwc", "fuse_conv_bias", "algorithm_search", "use_tf32")

@@ -13,12 +13,11 @@ import onnxruntime as ort
 from model.image import decode_image, to_canvas
 from model.runtime.cores import available_cores
 from model.runtime.cuda import BYTES_PER_PIXEL, CudaRuntime
-from model.runtime.cuda_device import CudaDevice, first_gpu
+from model.runtime.cuda_device import DEFAULT_OPTIONS, CudaDevice, first_gpu
 from model.runtime.cuda_session import CudaOptions, InputShape, fixed_shape_options, open_on_cuda
 from model.runtime.session import CPU, open_session
 from model.types import CanvasImage
 from tests.benchmarks.gpu.memory import used_bytes
-from tests.benchmarks.gpu.options import best_options
 from tests.benchmarks.gpu.plan import Plan
 from tests.benchmarks.gpu.report import Report, milliseconds, significant, timed
 from tests.benchmarks.measuring import photo
@@ -27,11 +26,11 @@ SETTLE_RUNS = 3
 
 
 def runtime(plan: Plan, report: Report) -> None:
-    _busy_with(plan, report, best_options(report))
+    _busy_with(plan, report, DEFAULT_OPTIONS)
 
 
 def runtime_graph(plan: Plan, report: Report) -> None:
-    _busy_with(plan, report, replace(best_options(report), capture_graph=plan.device == "cuda"))
+    _busy_with(plan, report, replace(DEFAULT_OPTIONS, capture_graph=plan.device == "cuda"))
 
 
 def _busy_with(plan: Plan, report: Report, options: CudaOptions) -> None:
