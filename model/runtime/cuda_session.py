@@ -62,7 +62,7 @@ class CudaOptions:
     """Record a run's kernels once and replay them: 1.1 times as fast in batches of 1, no gain in larger ones. A replay
     writes to the addresses of its recording, so these sessions share no arena, in which another session's weights might
     be there."""
-    algorithm_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
+    algorithm_search: Literal["HEURISTIC", "EXHAUSTIVE"] = "HEURISTIC"
     """Search for cuDNN's plans; ONNX Runtime's own default tries all of them, for each new shape."""
 
 

@@ -102,7 +102,6 @@ def test_every_node_is_on_cuda_and_none_on_the_cpu(cuda: FakeCuda, shape: InputS
         (CudaOptions(False, False), {"use_tf32": "0", "prefer_nhwc": "0"}),
         (CudaOptions(fuse_conv_bias=True, capture_graph=True), {"fuse_conv_bias": "1", "enable_cuda_graph": "1"}),
         (CudaOptions(algorithm_search="EXHAUSTIVE"), {"cudnn_conv_algo_search": "EXHAUSTIVE"}),
-        (CudaOptions(algorithm_search="DEFAULT"), {"cudnn_conv_algo_search": "DEFAULT"}),
     ],
 )
 def test_the_provider_takes_every_option(cuda: FakeCuda, options: CudaOptions, expected: dict[str, str]) -> None:
