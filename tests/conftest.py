@@ -1,6 +1,7 @@
-"""For every test: torch on one thread. At the end of a run, minutes by folder against the budget of `make test`.
+"""For every test: torch on one thread. What tests need from other processes begins with the session.
 
-It imports nothing of ours: the environments of tests/foreign read it too.
+At its end come minutes by folder against the budget of `make test`. It imports the standard library alone, and what
+does the same (tests/support/background.py): the environments of tests/foreign read it too.
 """
 
 import collections
@@ -8,6 +9,8 @@ import os
 from pathlib import PurePosixPath
 
 import pytest
+
+from tests.support import background
 
 BUDGET_MINUTES = {"model": 2, "training": 5, "service": 4, "system": 5, "deploy": 2, "client": 2}
 """On two quiet cores."""
@@ -21,6 +24,18 @@ def folder_of(node_id: str) -> str:
     """The folder of tests/ that a test is in, however deep; `.` for those in none."""
     parts = PurePosixPath(node_id.partition("::")[0]).parts
     return parts[1] if len(parts) > 2 else "."
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    needs = [(item, marker.args) for item in session.items for marker in item.iter_markers("needs")]
+    for item, _ in needs:
+        item.add_marker(pytest.mark.timeout(900))  # where others keep the machine busy, exports take minutes
+    if not session.config.option.collectonly:
+        background.begin(call for _, calls in needs for call in calls)
+
+
+def pytest_sessionfinish() -> None:
+    background.end()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,7 +1,6 @@
 """The exported graph where graphs break: no detections, tiny and long pictures, batches, one class and five hundred."""
 
 from dataclasses import dataclass
-from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,11 @@ from model.candidates import PRE_NMS_TOP_K
 from model.detector import Detector
 from model.image import to_canvas
 from model.types import CanvasImage
+from tests.support.background import Background
 from tests.support.networks import TINY, draw, tiny_checkpoint
 from training.exchange.onnx_file import export
 
-pytestmark = pytest.mark.slow
 ANCHORS_PER_CELL = 9
-NUM_CLASSES = (1, 500)
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,18 @@ class Case:
     detector: Detector
 
 
-@pytest.fixture(scope="module")
-def files(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[int, "AsyncResult[Path]"]:
-    return {count: exporters.apply_async(exported, (count, tmp_path_factory.mktemp("hard"))) for count in NUM_CLASSES}
-
-
-def exported(num_classes: int, folder: Path) -> Path:
+def exported(folder: Path, num_classes: int) -> Path:
     export(tiny_checkpoint(num_classes), folder / "detector.onnx", name="hard")
     return folder / "detector.onnx"
 
 
-@pytest.fixture(scope="module", params=NUM_CLASSES)
-def case(request: pytest.FixtureRequest, files: dict[int, "AsyncResult[Path]"]) -> Case:
-    file = files[request.param].get()
+FILES = {count: Background(exported, count) for count in (1, 500)}
+pytestmark = [pytest.mark.slow, pytest.mark.needs(*FILES.values())]
+
+
+@pytest.fixture(scope="module", params=FILES)
+def case(request: pytest.FixtureRequest) -> Case:
+    file = FILES[request.param].result()
     return Case(request.param, file, Detector(file, device="cpu"))
 
 

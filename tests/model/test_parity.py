@@ -8,7 +8,6 @@ import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import httpx
@@ -21,6 +20,7 @@ from PIL import Image
 from model.detector import Detector
 from model.metadata import ResizePolicy
 from model.types import Detections, Pixels
+from tests.support.background import Background
 from tests.support.networks import assert_agree, draw, enliven, tiny_checkpoint
 from tests.support.serving import server_process
 from training.checkpoint import build_detector
@@ -28,7 +28,6 @@ from training.evaluate import Predictor, torch_run
 from training.exchange.onnx_file import export
 from training.exchange.torchvision import ARCHITECTURES, import_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # an export of a ResNet-50 takes half a minute on a free core
 RESIZE = ResizePolicy(shorter_side=224, longest_side=352)
 SIZES = ((224, 225), (224, 250), (224, 288), (224, 300), (224, 321), (224, 352))
 PICTURES = [draw(*size, seed=seed) for seed, size in enumerate([*SIZES, *(size[::-1] for size in SIZES)])]
@@ -43,32 +42,7 @@ class Case:
     """torchvision's own answers to PICTURES."""
 
 
-@dataclass(frozen=True)
-class Exports:
-    """The exports that other processes are making."""
-
-    cases: dict[str, "AsyncResult[Case]"]
-    half: "AsyncResult[Path]"
-
-
-@pytest.fixture(scope="module")
-def exports(exporters: Pool, tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    folder = tmp_path_factory.mktemp("parity")
-    return Exports(
-        {arch: exporters.apply_async(imported_and_exported, (arch, folder / arch)) for arch in ARCHITECTURES},
-        exporters.apply_async(halved, (folder / "half.onnx",)),
-    )
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, exports: Exports) -> Iterator[Case]:
-    case = exports.cases[request.param].get()
-    yield case
-    shutil.rmtree(case.file.parent)  # 300 MB
-
-
-def imported_and_exported(arch: str, folder: Path) -> Case:
-    folder.mkdir()
+def imported_and_exported(folder: Path, arch: str) -> Case:
     torch.manual_seed(0)
     network = getattr(torchvision.models.detection, arch)(
         weights=None, weights_backbone=None, min_size=RESIZE.shorter_side, max_size=RESIZE.longest_side
@@ -76,6 +50,7 @@ def imported_and_exported(arch: str, folder: Path) -> Case:
     enliven(network, [draw(224, 288, seed) for seed in range(100, 102)])
     torch.save(network.state_dict(), folder / "weights.pth")
     checkpoint = import_weights(arch, str(folder / "weights.pth"))
+    (folder / "weights.pth").unlink()
     config = replace(checkpoint.config, resize=RESIZE)
     export(replace(checkpoint, config=config), folder / "imported.onnx", name="imported")
     return Case(folder / "imported.onnx", [torchvisions(network, picture) for picture in PICTURES])
@@ -85,6 +60,23 @@ def torchvisions(network: torch.nn.Module, picture: Pixels) -> Detections:
     with torch.inference_mode():
         [answer] = network([torch.from_numpy(picture).permute(2, 0, 1) / 255])
     return Detections(*(answer[key].numpy() for key in ("boxes", "scores", "labels")))
+
+
+def halved(folder: Path) -> Path:
+    export(tiny_checkpoint(), folder / "half.onnx", name="tiny", precision="fp16")
+    return folder / "half.onnx"
+
+
+CASES = {arch: Background(imported_and_exported, arch) for arch in ARCHITECTURES}
+HALF = Background(halved)
+pytestmark = [pytest.mark.slow, pytest.mark.needs(*CASES.values(), HALF)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    case = CASES[request.param].result()
+    yield case
+    shutil.rmtree(case.file.parent)  # 150 MB
 
 
 def test_the_exported_file_finds_what_torchvision_finds(case: Case) -> None:
@@ -114,14 +106,9 @@ def posted(url: str, picture: Pixels) -> Detections:
     )
 
 
-def halved(file: Path) -> Path:
-    export(tiny_checkpoint(), file, name="tiny", precision="fp16")
-    return file
-
-
-def test_half_precision_finds_what_the_checkpoint_finds(exports: Exports) -> None:
+def test_half_precision_finds_what_the_checkpoint_finds() -> None:
     checkpoint = tiny_checkpoint()
-    half = Detector(exports.half.get(), device="cpu")
+    half = Detector(HALF.result(), device="cpu")
     assert half.metadata.precision == "fp16"
     single = Predictor(torch_run(build_detector(checkpoint)), checkpoint.labels, checkpoint.config.resize)
     pictures = [draw(128, 192, seed) for seed in range(12)]

@@ -11,9 +11,10 @@ from PIL import Image
 
 from model.detector import Detector
 from model.retinanet import RetinaNet
+from tests.support.background import Background
 from tests.support.networks import draw
 from tests.support.serving import server_process
-from training.checkpoint import Checkpoint, build_detector
+from training.checkpoint import Checkpoint, build_detector, load_checkpoint, save_checkpoint
 from training.coco import OBJECT
 from training.config import TrainConfig
 from training.evaluate import torch_predictor
@@ -63,12 +64,22 @@ def checkpoint(config: TrainConfig) -> Checkpoint:
     return Checkpoint(config, (OBJECT,), network.state_dict())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_it_trains_exports_and_is_served_like_any_other_model(tmp_path: Path) -> None:
+def trained_and_exported(folder: Path) -> Path:
+    """Make rpn.pt and rpn.onnx in the folder."""
     trained = checkpoint(SMALL)
-    file = tmp_path / "rpn.onnx"
-    export(trained, file, name="proposals")
+    save_checkpoint(trained, folder / "rpn.pt")
+    export(trained, folder / "rpn.onnx", name="proposals")
+    return folder
+
+
+TRAINED = Background(trained_and_exported)
+
+
+@pytest.mark.slow
+@pytest.mark.needs(TRAINED)
+def test_it_trains_exports_and_is_served_like_any_other_model(tmp_path: Path) -> None:
+    folder = TRAINED.result()
+    trained, file = load_checkpoint(folder / "rpn.pt"), folder / "rpn.onnx"
     picture = draw(128, 192, seed=0)
     expected = torch_predictor(
         build_detector(trained), trained.labels, trained.config.resize, trained.config.detection

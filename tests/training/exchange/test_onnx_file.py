@@ -12,6 +12,7 @@ from torch import nn
 from model.backbones import FrozenNorm, NormedConv2d
 from model.folding import fold_norms
 from model.retinanet import HeadLayer, RetinaNetConfig
+from tests.support.background import Background
 from tests.support.networks import TINY, tiny_checkpoint
 from training.checkpoint import Checkpoint, build_detector, describe, load_checkpoint, save_checkpoint
 from training.exchange.onnx_file import ExportFailed, check_equal, example_inputs, export
@@ -65,15 +66,18 @@ def test_a_frozen_backbone_folds_to_plain_convolutions_that_answer_as_before() -
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("export") / "a.onnx"
-    export(checkpoint_with_statistics(), file, name="a")
-    return file
+def exported(folder: Path) -> Path:
+    export(checkpoint_with_statistics(), folder / "a.onnx", name="a")
+    return folder / "a.onnx"
+
+
+FILE = Background(exported)
 
 
 @pytest.mark.slow
-def test_a_head_with_batch_norms_is_convolutions_and_relus_in_the_file(file: Path) -> None:
+@pytest.mark.needs(FILE)
+def test_a_head_with_batch_norms_is_convolutions_and_relus_in_the_file() -> None:
+    file = FILE.result()
     graph = onnx.load(file).graph
     assert b"candidates.py" not in file.read_bytes(), "no source paths"
     consumers = {name: node for node in graph.node for name in node.input}
@@ -83,7 +87,9 @@ def test_a_head_with_batch_norms_is_convolutions_and_relus_in_the_file(file: Pat
 
 
 @pytest.mark.slow
-def test_a_file_that_answers_otherwise_than_torch_is_refused(file: Path) -> None:
+@pytest.mark.needs(FILE)
+def test_a_file_that_answers_otherwise_than_torch_is_refused() -> None:
+    file = FILE.result()
     detector = build_detector(checkpoint_with_statistics())
     inputs = example_inputs(1, 96, 128)
     check_equal(detector, file, "fp32", inputs)

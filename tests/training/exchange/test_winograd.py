@@ -14,6 +14,7 @@ from model.detector import Detector
 from model.folding import fold_norms
 from model.metadata import ModelMetadata, ResizePolicy
 from model.types import CanvasImage
+from tests.support.background import Background
 from tests.support.networks import TINY, assert_agree, draw, tiny_checkpoint
 from training.checkpoint import Checkpoint, build_detector
 from training.exchange.onnx_file import describe, export, to_onnx
@@ -101,37 +102,37 @@ def test_a_transformed_weight_of_one_is_the_transforms_outer_product() -> None:
     np.testing.assert_allclose(ones, np.outer(sides, sides), rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
+def wide_checkpoint() -> Checkpoint:
     """A tiny backbone before a pyramid and heads of 256 channels."""
     config = replace(TINY, fpn_channels=256, head_channels=256)
     return tiny_checkpoint(config=config, resize=ResizePolicy(256, 448))
 
 
-@pytest.fixture(scope="module")
-def plain(checkpoint: Checkpoint) -> onnx.ModelProto:
-    return to_onnx(fold_norms(build_detector(checkpoint)))
-
-
-@pytest.fixture(scope="module")
-def detectors(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint, plain: onnx.ModelProto
-) -> tuple[Detector, Detector]:
-    """The network with its 3x3 layers of stride 1 rewritten, down to 16 channels, and plain."""
-    folder = tmp_path_factory.mktemp("winograd")
+def exported(folder: Path) -> Path:
+    """Make plain.onnx, and cpu.onnx: its 3x3 layers of stride 1 are rewritten, down to 16 channels."""
+    checkpoint = wide_checkpoint()
+    plain = to_onnx(fold_norms(build_detector(checkpoint)))
     onnx.helper.set_model_props(plain, describe(checkpoint, "a", "fp32").to_props())
-    rewriting = to_winograd(plain, (256, 352), min_channels=16, min_tiles=1)
-    products = [
-        node for node in rewriting.graph.node if node.op_type == "MatMul" and node.input[1].endswith(".winograd")
-    ]
-    assert len(products) >= 15
-    onnx.save(rewriting, folder / "cpu.onnx")
     onnx.save(plain, folder / "plain.onnx")
-    winograd, direct = (Detector(folder / name, device="cpu", threads=1) for name in ("cpu.onnx", "plain.onnx"))
-    return winograd, direct
+    onnx.save(to_winograd(plain, (256, 352), min_channels=16, min_tiles=1), folder / "cpu.onnx")
+    return folder
+
+
+FILES = Background(exported)
+
+
+@pytest.fixture(scope="module")
+def detectors() -> tuple[Detector, Detector]:
+    """Open cpu.onnx and plain.onnx."""
+    nodes = onnx.load(FILES.result() / "cpu.onnx").graph.node
+    products = [node for node in nodes if node.op_type == "MatMul" and node.input[1].endswith(".winograd")]
+    assert len(products) >= 15
+    winograd, plain = (Detector(FILES.result() / name, device="cpu", threads=1) for name in ("cpu.onnx", "plain.onnx"))
+    return winograd, plain
 
 
 @pytest.mark.slow
+@pytest.mark.needs(FILES)
 @pytest.mark.parametrize(
     ("batch", "size"), [(1, (32, 32)), (3, (32, 96)), (2, (128, 192)), (1, (224, 96)), (1, (32, 4000)), (8, (64, 64))]
 )
@@ -145,6 +146,7 @@ def test_a_detector_answers_as_the_plain_one_for_every_batch_and_canvas(
 
 
 @pytest.mark.slow
+@pytest.mark.needs(FILES)
 @pytest.mark.parametrize("size", [(1, 1), (128, 192), (100, 300)])
 def test_a_detector_detects_what_the_plain_one_does(
     detectors: tuple[Detector, Detector], size: tuple[int, int]
@@ -155,11 +157,13 @@ def test_a_detector_detects_what_the_plain_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.needs(FILES)
 def test_an_export_for_cpus_rewrites_the_wide_layers_and_says_so(
-    tmp_path: Path, checkpoint: Checkpoint, plain: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain = onnx.load(FILES.result() / "plain.onnx")
     monkeypatch.setattr("training.exchange.onnx_file.to_onnx", lambda detector: plain)
-    export(checkpoint, tmp_path / "a.onnx", name="a", made_for="cpu")
+    export(wide_checkpoint(), tmp_path / "a.onnx", name="a", made_for="cpu")
     assert Detector(tmp_path / "a.onnx", device="cpu").metadata.made_for == "cpu"
     rewritten = {each.name for each in onnx.load(tmp_path / "a.onnx").graph.initializer if "winograd" in each.name}
     heads = {f"network.head.{subnet}_head.conv.0.0.weight.winograd" for subnet in ("classification", "regression")}
