@@ -1,6 +1,6 @@
 """Two machines by `torchrun --nnodes 2`: two of its agents on this one, each with a worker, that meet at one address.
 
-Gloo and the c10d rendezvous, as docs/training.md has them. Two workers of one agent are what they are compared with.
+Gloo and the c10d rendezvous, as docs/training.md has them. Two ranks of one machine are what they are compared with.
 """
 
 import re
@@ -16,29 +16,16 @@ import psutil
 import pytest
 import torch
 
+from tests.support.forked import run_as_ranks
 from tests.support.load import free_ports
-from tests.support.tiny_training import TINY, environment, train_command, write_tiny_data
+from tests.support.tiny_training import TINY, environment, train_arguments, train_command, write_tiny_data
 from training.checkpoint import load_checkpoint
 from training.config import TrainConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # six starts of torch
 CONFIG = replace(TINY, steps=20)
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """As docs/training.md has it: else each agent counts its own restarts, and after one the workers do not meet."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_data(tmp_path_factory.mktemp("data") / "boxes")
-
-
-@pytest.fixture(scope="module")
-def one_machine(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of `--nnodes 1 --nproc-per-node 2`."""
-    out = tmp_path_factory.mktemp("one") / "run"
-    command = train_command(CONFIG, data, out, processes=2)
-    subprocess.run(command, env=environment(), capture_output=True, check=True)
-    return out
 
 
 @contextmanager
@@ -79,17 +66,8 @@ def assert_same_weights(run: Path, expected: Path) -> None:
         assert [name for name, value in weights.items() if not torch.equal(value, reference[name])] == []
 
 
-def test_two_machines_with_a_worker_each_make_the_weights_of_one_with_two(
-    data: Path, tmp_path: Path, one_machine: Path
-) -> None:
-    with two_machines(CONFIG, data, tmp_path / "run") as agents:
-        outcomes(agents)
-    assert_same_weights(tmp_path / "run", one_machine)
-
-
-def test_a_killed_worker_is_restarted_and_the_resumed_run_makes_the_same_weights(
-    data: Path, tmp_path: Path, one_machine: Path
-) -> None:
+def test_two_machines_make_the_weights_of_one_though_a_worker_is_killed_and_restarted(tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path / "data")
     with two_machines(CONFIG, data, tmp_path / "run", "--resume") as agents:
         wait_until((tmp_path / "run" / "last.pt").exists, agents)
         workers = [process for agent in agents for process in psutil.Process(agent.pid).children(recursive=True)]
@@ -97,7 +75,8 @@ def test_a_killed_worker_is_restarted_and_the_resumed_run_makes_the_same_weights
         victim.send_signal(signal.SIGKILL)
         said = outcomes(agents)
     assert [step for step in re.findall(r"resumed at step (\d+)", said) if 0 < int(step) < CONFIG.steps]
-    assert_same_weights(tmp_path / "run", one_machine)
+    run_as_ranks(2, train_arguments(CONFIG, data, tmp_path / "one"), tmp_path)
+    assert_same_weights(tmp_path / "run", tmp_path / "one")
 
 
 def wait_until(condition: Callable[[], bool], agents: list["subprocess.Popen[str]"]) -> None:
