@@ -7,7 +7,6 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 
 import cv2
@@ -16,7 +15,6 @@ import pytest
 
 from model.detector import Detector
 from service.__main__ import main as service
-from tests.support.forked import begun, end_well
 from tests.support.serving import ServerProcess, server_process
 from training.__main__ import main as training
 from training.checkpoint import load_checkpoint
@@ -28,7 +26,6 @@ BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
 NAMES = ["RBC", "Platelets", "WBC"]
 PICTURES = 10
 NEW = {"photo": PICTURES, "other": PICTURES + 1}
-EXPORT = ["python", "-m", "training", "export"]
 OUR_CODE = {"PYTHONPATH": str(ROOT)}
 COLOURS = ((60, 60, 200), (200, 60, 160), (90, 20, 90))
 FEWER = {
@@ -108,18 +105,8 @@ class Walk:
             (self.folder / "block.py").write_text(block)
             runpy.run_path(str(self.folder / "block.py"))
             return
-        commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
-        for are_exports, group in groupby(commands, lambda command: command[:4] == EXPORT):
-            if are_exports:
-                self.export_at_once(list(group))
-            else:
-                for command in group:
-                    self.run_command(command)
-
-    def export_at_once(self, commands: list[list[str]]) -> None:
-        """Run those that are in a row: they need nothing of one another, and each keeps a core busy."""
-        messages = [self.folder / f"export-{number}.txt" for number in range(len(commands))]
-        end_well([begun(command[3:], file) for command, file in zip(commands, messages, strict=True)], messages)
+        for line in block.replace("\\\n", " ").splitlines():
+            self.run_command(shlex.split(line, comments=True))
 
     def run_command(self, command: list[str]) -> None:
         match command:

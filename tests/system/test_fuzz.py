@@ -20,7 +20,7 @@ from tests.support.serving import server_process, wait_until
 
 pytestmark = pytest.mark.slow
 
-MUTANTS_PER_FORMAT = 1_000
+MUTANTS_PER_FORMAT = 2_000
 CLIENTS = 4
 MAX_PIXELS = 100_000
 """So that the few that claim to be large do not hide what many small ones leave behind."""
