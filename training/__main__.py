@@ -1,4 +1,4 @@
-"""`python -m training`: demo | anchors | train | evaluate | import | export | ablations.
+"""`python -m training`: demo | anchors | train | average | evaluate | import | export | ablations.
 
 Errors that a user can fix print one line on stderr and exit with code 2. A training that SIGTERM ends writes its
 checkpoint and exits with 143.
@@ -64,11 +64,7 @@ def train(options: argparse.Namespace) -> None:
     from training.train import train as run_training
 
     config, init = with_flags(PRESETS[options.preset], vars(options)), None
-    notes = {
-        "command": "python -m training " + shlex.join(sys.argv[1:]),
-        "commit": current_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    notes = provenance()
     if options.init is not None:
         init = load_checkpoint(options.init)
         notes["started_from"] = lineage(init)
@@ -91,6 +87,19 @@ def train(options: argparse.Namespace) -> None:
         )
     if ranks.is_first:
         print(report.table())
+
+
+def average(options: argparse.Namespace) -> None:
+    from training.checkpoint import load_checkpoint, save_checkpoint
+    from training.exchange.average import average as run_average
+    from training.exchange.average import with_ap
+
+    data_set = load_coco(options.data, "val")
+    checkpoint = run_average([load_checkpoint(file) for file in options.models], provenance())
+    checkpoint = with_ap(checkpoint, data_set, options.device)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(checkpoint, options.out)
+    print("AP unknown: no objects" if checkpoint.ap is None else f"AP {checkpoint.ap:.4f}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -168,6 +177,15 @@ def ablations(options: argparse.Namespace) -> None:
     print((options.out / "log.md").read_text())
 
 
+def provenance() -> dict[str, str]:
+    """Return how the weights that this process makes are made, for their readers."""
+    return {
+        "command": "python -m training " + shlex.join(sys.argv[1:]),
+        "commit": current_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
 def current_commit() -> str:
     """Return the commit of the working tree, with a + if it has changes; empty outside a repository."""
     described = subprocess.run(
@@ -184,6 +202,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo,
     "anchors": anchors,
     "train": train,
+    "average": average,
     "evaluate": evaluate,
     "import": import_weights,
     "export": export,

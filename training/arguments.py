@@ -15,10 +15,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m training", description="demo | anchors | train | evaluate | import | export | ablations"
+        prog="python -m training",
+        description="demo | anchors | train | average | evaluate | import | export | ablations",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_anchors, _add_train, _add_evaluate, _add_import, _add_export, _add_ablations):
+    for add in (
+        _add_demo, _add_anchors, _add_train, _add_average, _add_evaluate, _add_import, _add_export, _add_ablations,
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -58,6 +61,14 @@ def _add_train(commands: Commands) -> None:
     _add_device(parser)
     parser.add_argument("--resume", action="store_true", help="continue from last.pt if there is one")
     _add_recipe(parser)
+
+
+def _add_average(commands: Commands) -> None:
+    parser = _command(commands, "average", "make a checkpoint of the mean weights of fine-tunings of one model")
+    parser.add_argument("models", type=Path, nargs="+", metavar="CHECKPOINT.pt", help="two or more")
+    _add_data(parser, "; its val split gives the mean's AP")
+    parser.add_argument("--out", type=Path, required=True, help="CHECKPOINT.pt")
+    _add_device(parser)
 
 
 def _add_evaluate(commands: Commands) -> None:
