@@ -71,10 +71,16 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+DEMO := $(BIN)/python -m training train --preset demo --data data/shapes
+DEMO_BOXES := --init runs/demo/best.pt --steps 3600 --learning-rate 1e-3 --warmup-steps 50 --box-loss-weight 4 --freeze-batch-norm-from 0.5
+
 demo-model: install data/shapes ## trains model/pretrained/shapes*.onnx again: hours on a CPU; stop and start it as you like
-	$(BIN)/python -m training train --preset demo --data data/shapes --out runs/demo --resume
-	$(BIN)/python -m training export --model runs/demo/best.pt --out model/pretrained/shapes.onnx --name shapes
-	$(BIN)/python -m training export --model runs/demo/best.pt --out model/pretrained/shapes-int8.onnx --name shapes \
+	$(DEMO) --out runs/demo --resume
+	$(DEMO) --out runs/demo-1 --resume $(DEMO_BOXES) --seed 1
+	$(DEMO) --out runs/demo-2 --resume $(DEMO_BOXES) --seed 2
+	$(BIN)/python -m training average runs/demo-1/best.pt runs/demo-2/best.pt --data data/shapes --out runs/demo-mean.pt
+	$(BIN)/python -m training export --model runs/demo-mean.pt --out model/pretrained/shapes.onnx --name shapes
+	$(BIN)/python -m training export --model runs/demo-mean.pt --out model/pretrained/shapes-int8.onnx --name shapes \
 		--precision int8 --calibration data/shapes
 
 data/shapes: | install
