@@ -536,7 +536,9 @@ def test_warming_up_opens_what_has_room_and_says_what_has_none(caplog: pytest.Lo
     batches = common_batches(SMALL, 2)
     assert 1 < len(warmed) == len(harness.runtime.shapes()) < len(batches)
     left = len(batches) - len(warmed)
-    assert f"{left} of the {len(batches)} common canvases and batch sizes do not fit into the memory budget" in caplog.text
+    assert (
+        f"{left} of the {len(batches)} common canvases and batch sizes do not fit into the memory budget" in caplog.text
+    )
 
 
 def test_a_canvas_that_runs_out_of_memory_while_warming_up_is_one_without_room(
