@@ -183,8 +183,8 @@ def test_no_output_replaces_an_input(tmp_path: Path, model: str, folder: Path) -
 
 def test_outputs_are_files_and_not_each_other(tmp_path: Path, model: str, folder: Path) -> None:
     arguments = (str(folder / "deep" / "cat.jpg"), "--model", model)
-    assert "no regular file" in keeps_its_files(tmp_path, *arguments, "--out", str(folder))
-    assert "no regular file" in keeps_its_files(tmp_path, *arguments, "--out", "/dev/null")
+    assert "not a regular file" in keeps_its_files(tmp_path, *arguments, "--out", str(folder))
+    assert "not a regular file" in keeps_its_files(tmp_path, *arguments, "--out", "/dev/null")
     twice = ("--draw", str(tmp_path / "d"), "--out", str(tmp_path / "d" / "cat.jpg"))
     assert "would be written twice" in keeps_its_files(tmp_path, *arguments, *twice)
 
