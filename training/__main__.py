@@ -94,8 +94,8 @@ def average(options: argparse.Namespace) -> None:
     from training.exchange.average import average as run_average
     from training.exchange.average import with_ap
 
-    data_set = load_coco(options.data, "val")
     checkpoint = run_average([load_checkpoint(file) for file in options.models], provenance())
+    data_set = load_coco(options.data, "val", class_agnostic=checkpoint.config.class_agnostic)
     checkpoint = with_ap(checkpoint, data_set, options.device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(checkpoint, options.out)

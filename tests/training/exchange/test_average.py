@@ -10,7 +10,7 @@ from tests.support.networks import tiny_checkpoint
 from tests.support.tiny_training import write_tiny_data
 from training.__main__ import main
 from training.checkpoint import Checkpoint, InvalidCheckpoint, load_checkpoint, save_checkpoint
-from training.coco import load_coco
+from training.coco import OBJECT, load_coco
 from training.exchange.average import average
 
 
@@ -62,3 +62,12 @@ def test_the_command_writes_a_checkpoint_with_its_ap(tmp_path: Path, capsys: pyt
     assert mean.data_set == "data"
     assert main(["average", str(files[0]), "--data", str(data), "--out", str(tmp_path / "d.pt")]) == 2
     assert not (tmp_path / "d.pt").exists()
+
+
+def test_proposals_are_evaluated_as_such(tmp_path: Path) -> None:
+    made = replace(tiny_checkpoint(1, lively=False), labels=(OBJECT,))
+    made = replace(made, config=replace(made.config, class_agnostic=True))
+    save_checkpoint(made, tmp_path / "a.pt")
+    arguments = ["average", str(tmp_path / "a.pt"), str(tmp_path / "a.pt"), "--out", str(tmp_path / "b.pt")]
+    assert main([*arguments, "--data", str(write_tiny_data(tmp_path / "data")), "--device", "cpu"]) == 0
+    assert load_checkpoint(tmp_path / "b.pt").ap is not None
