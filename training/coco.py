@@ -85,6 +85,11 @@ class CocoDataSet:
         return len(self.pictures)
 
     @property
+    def name(self) -> str:
+        """The name of the data set's folder."""
+        return self.annotation_file.parent.parent.name
+
+    @property
     def summary(self) -> str:
         """Numbers of pictures and objects, and a hash of all annotations that a run uses; pixels are not hashed."""
         content = hashlib.sha256(repr(self.labels).encode())

@@ -140,15 +140,14 @@ def to_checkpoint(
     state: TrainState, config: TrainConfig, labels: tuple[Label, ...], data_set: str, notes: Mapping[str, str]
 ) -> Checkpoint:
     report = state.report if state.evaluated == state.step else None
-    ap = math.nan if report is None else report.ap
     return Checkpoint(
         config=config,
         labels=labels,
         model=state.network.state_dict(),
         ema=None if state.averaged is None else state.averaged.state_dict(),
         step=state.step,
-        ap=None if math.isnan(ap) else ap,
-        suggested_score_threshold=None if report is None or report.best is None else report.best.threshold,
+        ap=None if report is None else report.known_ap,
+        suggested_score_threshold=None if report is None else report.best_threshold,
         data_set=data_set,
         training=notes,
         resume={

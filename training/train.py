@@ -245,7 +245,7 @@ class TrainingRun:
             self.save(state, "last.pt")
 
     def save(self, state: TrainState, name: str) -> None:
-        """Write last.pt, on rank 0. TrainingDiverged, and nothing is written: the weights are NaN or infinite."""
+        """Write the checkpoint `name`, on rank 0. TrainingDiverged, and nothing is written: weights are not finite."""
         if not state.is_finite():
             raise TrainingDiverged(
                 f"the update of step {state.step} made weights that are NaN or infinite", self.out / "last.pt"
@@ -254,8 +254,7 @@ class TrainingRun:
             save_checkpoint(self.checkpoint(state), self.out / name)
 
     def checkpoint(self, state: TrainState) -> Checkpoint:
-        data_set = self.training_set.annotation_file.parent.parent.name
-        return to_checkpoint(state, self.config, self.training_set.labels, data_set, self.notes)
+        return to_checkpoint(state, self.config, self.training_set.labels, self.training_set.name, self.notes)
 
 
 def _log_scale(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:

@@ -8,6 +8,7 @@ file.
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,15 @@ class ApReport:
     calibration: Sequence[CalibrationBin] = field(default=(), repr=False, compare=False)
     confusion: np.ndarray[Any, Any] | None = field(default=None, repr=False, compare=False)
     """int64 [classes + 1, classes + 1] at the best F1: true classes by found classes, the background last."""
+
+    @property
+    def known_ap(self) -> float | None:
+        return None if math.isnan(self.ap) else self.ap
+
+    @property
+    def best_threshold(self) -> float | None:
+        """Score threshold of the best F1."""
+        return None if self.best is None else self.best.threshold
 
     def table(self) -> str:
         rows = [

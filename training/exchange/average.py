@@ -7,7 +7,6 @@ Source: Wortsman et al. 2022, "Model soups: averaging weights of multiple fine-t
 increasing inference time".
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -64,7 +63,9 @@ def with_ap(checkpoint: Checkpoint, data_set: CocoDataSet, device: Device) -> Ch
     detector = build_detector(checkpoint).to(choose_device(device))
     config = checkpoint.config
     report = evaluate(torch_predictor(detector, checkpoint.labels, config.resize, config.detection), data_set)
-    threshold = None if report.best is None else report.best.threshold
-    name = data_set.annotation_file.parent.parent.name
-    ap = None if math.isnan(report.ap) else report.ap
-    return replace(checkpoint, ap=ap, suggested_score_threshold=threshold, data_set=name)
+    return replace(
+        checkpoint,
+        ap=report.known_ap,
+        suggested_score_threshold=report.best_threshold,
+        data_set=data_set.name,
+    )
