@@ -19,6 +19,7 @@ from tests.support.serving import ServerProcess, server_process
 from training.__main__ import main as training
 from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
+from training.exchange.finetune import lineage
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
@@ -163,7 +164,10 @@ def test_the_walk_leads_from_annotations_to_a_served_model_and_round_again(folde
     assert sorted(path.name for path in (folder / "new-drawn").iterdir()) == ["other.jpg", "photo.jpg"]
     again = load_checkpoint(folder / "runs" / "bccd-2" / "best.pt")
     assert again.labels == load_coco(folder / "bccd-2", "val").labels
-    assert (again.training or {})["started_from"].count("<-") == 4, "its lineage reaches back to the demo model's start"
+    demo = lineage(load_checkpoint(ROOT / "model" / "pretrained" / "shapes.pt"))
+    first, _, rest = (again.training or {})["started_from"].partition(" <- ")
+    assert first.endswith(", 2 steps)"), "the first training of the page"
+    assert rest == demo, "its lineage reaches back to the demo model's start"
 
 
 def assert_data_sets_are_those_that_were_drawn(folder: Path) -> None:
