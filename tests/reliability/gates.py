@@ -180,7 +180,7 @@ ALL = (
     ),
     Gate(
         "overload",
-        "At 20 times the capacity, goodput is at least 90 % of it, and p99 at most 1.2 × queue × time of one.",
+        "Asked for 1 to 20 times a device's capacity, goodput is at least 90 %, p99 at most 1.2 × queue × time of one.",
         "rounds", 4 * 5, 1, overload.run, "no-queue-bound", 1, overload.plot,
     ),
     Gate(

@@ -1,16 +1,17 @@
-"""Goodput and latency at 1, 2, 5 and 20 times capacity, measured as `tests.benchmarks.service` measures twice."""
+"""Goodput and latency at 1, 2, 5 and 20 times the capacity of a device whose images take a known time.
+
+The device is a clock: what is measured is whether refusals keep it from its work. Where inference and refusals share
+cores, they also slow each other down; `tests.benchmarks.service` measures that.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks.service import QUEUE_CAPACITY, overload
 from tests.reliability.gate import Figures, Work, summed
-from tests.support.faulty_models import write_slow_model
-from tests.support.serving import server_process
+from tests.support.serving import build, server_process
 
 LOADS = (20, 5, 2, 1)
-MULTIPLICATIONS = 8
-"""Some tens of milliseconds an image, so that at 20 times the capacity the clients leave the cores to the service."""
 SECONDS = 8
 GOODPUT, P99 = 0.9, 1.2
 """The least, as a share of capacity; the most, as a multiple of queue × time of one."""
@@ -23,16 +24,14 @@ def run(work: Work) -> Figures:
 
 
 def one_round(work: Work, times: float) -> Figures:
-    write_slow_model(work.folder / "slow.onnx", MULTIPLICATIONS)
     places = ("--queue-capacity", str(QUEUE_CAPACITY))
-    with server_process(work.folder, *places, model_path=work.folder / "slow.onnx") as server:
+    with server_process(work.folder, *places, program=build("timed-device")) as server:
         [taken] = overload(server.url, SECONDS, 1, times)
     goodput = taken.measured.throughput / taken.capacity
     p99 = taken.measured.p99_ms() / taken.bound_ms
     assert set(taken.measured.by_status) <= {200, 429}, taken.measured.by_status.keys()
-    if times == max(LOADS):
-        assert goodput >= GOODPUT, f"goodput {goodput:.1%} of capacity"
-        assert p99 <= P99, f"p99 of the accepted is {p99:.2f} × queue × time of one, goodput {goodput:.1%} of capacity"
+    assert goodput >= GOODPUT, f"goodput {goodput:.1%} of capacity"
+    assert p99 <= P99, f"p99 of the accepted is {p99:.2f} × queue × time of one, goodput {goodput:.1%} of capacity"
     return {f"least_goodput_at_{times}x": goodput, f"most_p99_in_queue_times_at_{times}x": p99, "rounds": 1}
 
 

@@ -1,6 +1,7 @@
 """The service with a fault put into it, which a test has to find: python -m tests.support.faulty_service NAME,… [FLAG…]
 
-Faults are put into this process alone; some are no more than flags that undo a bound.
+Faults are put into this process alone; some are no more than flags that undo a bound. `timed-device` is no fault: it
+lets a test know how long inference takes.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from model import image
+from model.detector import Detector
 from model.image import InvalidImage
 from service import __main__ as program
 from service.api import errors, uploads
@@ -22,6 +24,7 @@ from service.api.service import Service
 from service.core import engine
 from service.core.store import ModelStore
 
+DEVICE_SECONDS = 0.04
 kept: list[bytes] = []
 LEAKS: dict[str, Callable[[], object]] = {
     "memory": lambda: kept.append(bytes(1500)),
@@ -113,6 +116,20 @@ def swap_colours() -> None:
     image.decode_image = lambda data, **options: own(data, **options)[:, :, ::-1]
 
 
+def time_device() -> None:
+    """Let each image of a batch take DEVICE_SECONDS, one batch at a time, as on a device that is nobody's core."""
+    own, device = Detector.run, threading.Lock()
+
+    def timed(self: Detector, canvases: Any, lane: Any = None) -> Any:
+        with device:
+            end = time.monotonic() + DEVICE_SECONDS * len(canvases)
+            candidates = own(self, canvases, lane)
+            time.sleep(max(0.0, end - time.monotonic()))
+        return candidates
+
+    Detector.run = timed  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     **{what: lambda what=what: leak(what) for what in LEAKS},  # type: ignore[misc]
     "count-twice": count_twice,
@@ -123,6 +140,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "never-ill": never_ill,
     "slow-walk": walk_slowly,
     "swap-colours": swap_colours,
+    "timed-device": time_device,
 }
 FLAGS = {
     "no-queue-bound": ("--queue-capacity", "100000", "--request-timeout-seconds", "20"),

@@ -220,10 +220,10 @@ def detect(server: Serving | ServerProcess, **request: object) -> httpx.Response
     return server.client.post("/detect", **request)  # type: ignore[arg-type]
 
 
-def build() -> Sequence[str]:
-    """The service, or the build with the fault that the environment names."""
-    fault = os.environ.get(FAULT)
-    return ("-m", "tests.support.faulty_service", fault) if fault else ("-m", "service")
+def build(*names: str) -> Sequence[str]:
+    """The service, or the build with these and the fault that the environment names."""
+    faults = ",".join(filter(None, [os.environ.get(FAULT), *names]))
+    return ("-m", "tests.support.faulty_service", faults) if faults else ("-m", "service")
 
 
 @contextlib.contextmanager
