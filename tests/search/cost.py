@@ -82,6 +82,7 @@ def _measure(connection: Connection, max_pixels: int) -> None:
         put_in(os.environ[FAULT])
     at_rest = _status("VmSize")
     while True:
+        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)  # as the service, whose limit is the picture's own
         data = connection.recv_bytes()
         started = time.thread_time()
         claim = engine.claim_of(bytearray(data))

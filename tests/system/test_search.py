@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 
+from service.core.decoders import LEAST_BYTES
 from tests.search.__main__ import main
 from tests.search.climb import Species, climb
 from tests.search.cost import Cost, Meter
@@ -33,3 +34,10 @@ def test_a_search_climbs_and_keeps_to_the_size() -> None:
     found = climb(species, meter, 8_000, inf, Random(0), lambda cost: cost.time)
     assert max(each.cost.time for each in found) > 4_000 > found[0].cost.time
     assert max(each.size for each in found) <= 8_000
+
+
+@pytest.mark.slow
+def test_the_limit_of_a_small_file_is_not_that_of_the_next() -> None:
+    with Meter(2_000_000) as meter:
+        costs = [meter.cost(bytes(size)) for size in (1, LEAST_BYTES + 2**20)]
+    assert all(cost.time < inf for cost in costs), costs
