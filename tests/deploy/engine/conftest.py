@@ -52,8 +52,9 @@ def stack(checkout: Path, images: dict[str, str], models: Path) -> Iterator[Stac
     api_port, prometheus_port = free_ports(2)
     stack = Stack(checkout, models, api_port, prometheus_port, settings)
     stack.point_to("first.onnx")
+    stack.down()
     try:
         stack.start(1)
         yield stack
     finally:
-        stack.compose("down", "--volumes", "--timeout", "5")
+        stack.down()

@@ -118,6 +118,14 @@ class Stack:
         self.up(replicas=replicas)
         wait_until(lambda: self.targets_up() == replicas)
 
+    def down(self) -> None:
+        """Remove the project and all its volumes. Alertmanager's, which is an overlay's, knows what it has sent, and does
+        not send it again within the hour."""
+        self.compose("down", "--remove-orphans", "--volumes", "--timeout", "5")
+        label = f"label=com.docker.compose.project={self.environment['COMPOSE_PROJECT_NAME']}"
+        for volume in docker("volume", "ls", "--quiet", "--filter", label).split():
+            docker("volume", "rm", volume)
+
     def replicas(self) -> list[str]:
         return self.compose("ps", "--quiet", "service").split()
 
