@@ -119,7 +119,7 @@ class Stack:
         wait_until(lambda: self.targets_up() == replicas)
 
     def down(self) -> None:
-        """Remove the project and all its volumes. Alertmanager's, which is an overlay's, knows what it has sent, and does
+        """Remove the project and all its volumes. Alertmanager's (an overlay's) knows what it has sent, and does
         not send it again within the hour."""
         self.compose("down", "--remove-orphans", "--volumes", "--timeout", "5")
         label = f"label=com.docker.compose.project={self.environment['COMPOSE_PROJECT_NAME']}"
