@@ -18,7 +18,7 @@ from training.config import Normaliser, TrainConfig
 from training.distributed import Ranks
 from training.evaluation.average_precision import ApReport
 from training.exchange.finetune import freeze_stages, transfer
-from training.losses import loss_divisors
+from training.loss.losses import loss_divisors
 from training.optimiser import build_optimiser, memory_format, update_average
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from training.losses import Losses
+from training.loss.losses import Losses
 
 EXIT_CODE = 128 + signal.SIGTERM
 """Exit code 143, which shells report for a process that SIGTERM ended; --resume continues the run."""

@@ -27,7 +27,7 @@ from training.data import load_batches, sampling_seed
 from training.distributed import ALONE, Ranks, gradients_kept, in_parallel
 from training.evaluate import refuse_unknown_labels
 from training.evaluation.average_precision import ApReport
-from training.losses import Losses, match_batch, matched_losses
+from training.loss.losses import Losses, match_batch, matched_losses
 from training.optimiser import learning_rate, memory_format, peak_learning_rate, set_train_mode
 from training.report.metrics import RunMetrics
 from training.report.validation import validate

@@ -41,7 +41,7 @@ from training.config import AugmentConfig, TrainConfig
 from training.data import load_batches
 from training.evaluate import evaluate, torch_predictor
 from training.evaluation.average_precision import ApReport
-from training.losses import retinanet_losses
+from training.loss.losses import retinanet_losses
 from training.optimiser import build_optimiser, learning_rate
 from training.presets import PRESETS
 from training.train import AUTOCAST, TrainingForward

@@ -42,7 +42,7 @@ from training.config import TrainConfig
 from training.data import load_batches, schedule
 from training.demo.draw import draw_data_set
 from training.distributed import ALONE
-from training.losses import matched_losses
+from training.loss.losses import matched_losses
 from training.presets import PRESETS
 from training.state import TrainState, new_state
 from training.train import TrainingForward, begin_step, match_step

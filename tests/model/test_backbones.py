@@ -27,7 +27,7 @@ from training.checkpoint import build_detector, load_checkpoint, save_checkpoint
 from training.config import LossConfig
 from training.evaluate import torch_run
 from training.exchange.onnx_file import export
-from training.losses import retinanet_losses
+from training.loss.losses import retinanet_losses
 from training.transforms import TensorTarget
 
 THREE_LEVELS = AnchorConfig(base_sizes=(32, 64, 128))

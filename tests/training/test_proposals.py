@@ -19,7 +19,7 @@ from training.coco import OBJECT
 from training.config import TrainConfig
 from training.evaluate import torch_predictor
 from training.exchange.onnx_file import export
-from training.losses import retinanet_losses
+from training.loss.losses import retinanet_losses
 from training.presets import PRESETS
 from training.transforms import TensorTarget
 

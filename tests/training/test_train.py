@@ -22,7 +22,7 @@ from training.checkpoint import (
 from training.coco import CocoDataSet, InvalidDataSet, load_coco
 from training.config import LossConfig, TrainConfig
 from training.data import load_batches, schedule
-from training.losses import Losses
+from training.loss.losses import Losses
 from training.optimiser import learning_rate, memory_format
 from training.presets import PRESETS
 from training.state import RunFolderInUse

@@ -16,8 +16,8 @@ from model.image import to_canvas
 from model.metadata import ResizePolicy
 from training.coco import CocoDataSet
 from training.config import LossConfig
-from training.losses import EXACT_UNTIL, match_batch
-from training.matcher import IGNORED
+from training.loss.losses import EXACT_UNTIL, match_batch
+from training.loss.matcher import IGNORED
 from training.transforms import TensorTarget
 
 

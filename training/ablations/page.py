@@ -13,7 +13,7 @@ from training.ablations.claims import PARTS, Part, chance_of, figure_of, format_
 from training.ablations.plots import plot_prior, plot_pyramids, plot_shares
 from training.ablations.runs import ABLATIONS, Result, read_losses, read_results
 from training.coco import CocoDataSet
-from training.losses import focal_loss_sum
+from training.loss.losses import focal_loss_sum
 from training.presets import ABLATION
 
 SCENARIOS = (("easy, right", 0.9), ("wrong", 0.1), ("very easy, right", 0.99))

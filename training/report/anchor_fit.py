@@ -23,7 +23,7 @@ from model.image import padded_size, resized_size
 from model.metadata import ResizePolicy
 from training.coco import CocoDataSet, Picture
 from training.config import LossConfig
-from training.matcher import match
+from training.loss.matcher import match
 from training.transforms import TensorTarget
 
 Floats = NDArray[np.float32]

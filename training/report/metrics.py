@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from training.coco import CocoDataSet
 from training.config import TrainConfig, to_dict
-from training.losses import Losses
+from training.loss.losses import Losses
 from training.report.anchor_fit import fit_anchors
 from training.report.page import Report
 from training.report.validation import Validation

@@ -21,7 +21,7 @@ from training.config import LossConfig, TrainConfig
 from training.distributed import Ranks
 from training.evaluate import evaluate, torch_predictor
 from training.evaluation.average_precision import ApReport
-from training.losses import retinanet_losses
+from training.loss.losses import retinanet_losses
 from training.transforms import TensorTarget
 
 SHOWN_PICTURES = 12

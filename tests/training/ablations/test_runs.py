@@ -15,7 +15,7 @@ from training.ablations.page import scenario_table, write_page
 from training.ablations.runs import ABLATIONS, Result, append_result, read_results, run_ablations
 from training.arguments import build_parser
 from training.coco import load_coco
-from training.losses import focal_loss_sum
+from training.loss.losses import focal_loss_sum
 from training.optimiser import learning_rate
 from training.presets import PRESETS
 

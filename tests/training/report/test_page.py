@@ -20,7 +20,7 @@ from tests.support.tiny_training import TINY, train_here, write_tiny_data
 from training.checkpoint import load_checkpoint
 from training.coco import CocoDataSet, load_coco
 from training.evaluate import average_precision
-from training.losses import retinanet_losses
+from training.loss.losses import retinanet_losses
 from training.report.page import read_metrics
 from training.report.plots import matches
 from training.transforms import TensorTarget

@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 from model.anchors import AnchorConfig, encode_boxes
 from model.retinanet import Predictions, RetinaNet, RetinaNetConfig
 from training.config import LossConfig
-from training.losses import focal_loss_sum, retinanet_losses
+from training.loss.losses import focal_loss_sum, retinanet_losses
 from training.transforms import TensorTarget
 
 

@@ -23,7 +23,7 @@ from model.anchors import decode_boxes, encode_boxes
 from model.retinanet import Predictions
 from training.config import LossConfig, Normaliser
 from training.distributed import ALONE, Ranks
-from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
+from training.loss.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
 from training.transforms import TensorTarget
 
 EXACT_UNTIL = 40.0

@@ -5,8 +5,8 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from training import matcher
-from training.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
+from training.loss import matcher
+from training.loss.matcher import BACKGROUND, IGNORED, draw_anchors, match, match_inside
 
 NONE = torch.zeros(0, 4)
 

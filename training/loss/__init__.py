@@ -1,0 +1,1 @@
+"""The loss of a step: which anchors belong to which object, and what their predictions cost."""
