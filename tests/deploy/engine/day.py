@@ -119,7 +119,7 @@ def steps(page: str, runbook: str) -> Iterator[Block]:
     for block in blocks(page):
         yield from [NEW_VERSION] * (block.heading == NEW_VERSION.heading)
         yield block
-    for line in dict.fromkeys(" ".join(line.split()) for line in INLINE.findall(runbook)):
+    for line in dict.fromkeys(INLINE.findall(" ".join(runbook.split()))):
         yield Block("The runbook", (line,))
     yield Block("Stop", ("docker compose down --volumes --remove-orphans",))
 
