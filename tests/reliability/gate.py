@@ -57,10 +57,13 @@ class Gate:
 
 
 def complete(gate: Gate, state: State, scale: float, tell: Callable[[str], None]) -> None:
-    """Run the remaining chunks of the gate, and keep each when it ends. A chunk with a fault is the last."""
+    """Run the remaining chunks of the gate, and keep each when it ends. A chunk with a fault is the last.
+
+    The last is as long as the others, for in a shorter one, what a server keeps at first would look like growth.
+    """
     wanted = gate.wanted(scale)
     while (done := state.units(gate.name)) < wanted and not state.faults(gate.name):
-        chunk = measured(gate, done, min(gate.step, wanted - done))
+        chunk = measured(gate, done, min(gate.step, wanted))
         state.keep(chunk)
         tell(f"{gate.name}: {done + chunk.count:,} of {wanted:,} {gate.unit}, {chunk.seconds:.0f} s{_ending(chunk)}")
 

@@ -37,8 +37,9 @@ def verdict(gate: Gate, state: State) -> str:
 
 def length(gate: Gate, state: State) -> str:
     done = state.units(gate.name)
-    whole = f"{gate.full:,} {gate.unit}"
-    return whole if done >= gate.full else f"not at full length: {done:,} of {whole}"
+    if done >= gate.full:
+        return f"{done:,} {gate.unit}"
+    return f"not at full length: {done:,} of {gate.full:,} {gate.unit}"
 
 
 def control(gate: Gate, state: State) -> str:
