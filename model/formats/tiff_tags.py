@@ -82,7 +82,8 @@ class File:
         return self._number(8, "Q") if self.big else self._number(4, "I")
 
     def directory(self, offset: int) -> tuple[Directory, int]:
-        """Return the directory, and the offset of the next one."""
+        """Return the directory, and the offset of the next one. Of a tag that is there twice, the first counts, as for
+        other readers."""
         count, entry, size = (
             (self._number(offset, "Q"), "HHQ", 20) if self.big else (self._number(offset, "H"), "HHI", 12)
         )
@@ -92,7 +93,7 @@ class File:
         for _ in range(count):
             self._number(start + size - 1, "B")
             tag, kind, length = struct.unpack_from(self.order + entry, self.data, start)
-            if tag in NEEDED:
+            if tag in NEEDED and tag not in tags:
                 tags[tag] = self._values(kind, length, start + struct.calcsize(self.order + entry))
             start += size
         return Directory(tags, offset), self._number(start, "Q" if self.big else "I")

@@ -153,6 +153,17 @@ def test_opencv_reads_the_negative_and_the_planes_alike() -> None:
         np.testing.assert_array_equal(decode_image(data), by_opencv[:, :, ::-1])
 
 
+def test_of_a_tag_that_is_there_twice_the_first_counts() -> None:
+    samples = picture()[:, :, 0]
+    data = by_hand(grey(80, 60, 8), blocks=samples.tobytes())
+    rows, width = struct.pack("<HH", 278, LONG), struct.pack("<HH", 256, LONG)
+    assert data.count(rows) == 1
+    twice = data.replace(rows, width)  # 80, then 60
+    with Image.open(io.BytesIO(twice)) as by_pillow:
+        assert np.array_equal(decode_image(twice)[:, :, 0], np.asarray(by_pillow))
+    assert np.array_equal(decode_image(twice)[:, :, 0], samples)
+
+
 @pytest.mark.parametrize("subsampling", [(1, 1), (2, 1), (2, 2)])
 def test_uncompressed_ycbcr_is_read_by_its_subsampling(subsampling: tuple[int, int]) -> None:
     across, down = subsampling
