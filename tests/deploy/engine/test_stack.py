@@ -70,7 +70,8 @@ def test_a_replica_that_is_killed_loses_only_what_it_was_working_on(stack: Stack
         docker("kill", "--signal", "KILL", stack.replicas()[0])
         load.wait_for_answers(50)
     lost = {kind: number for kind, number in load.answers.items() if kind != "first"}
-    assert set(lost) <= {"502"}
+    # HAProxy closes a client's connection instead where it had used the replica's before: either may be sent again.
+    assert set(lost) <= {"502", "RemoteProtocolError"}
     assert sum(lost.values()) <= load.clients
 
 
