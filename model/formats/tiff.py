@@ -51,6 +51,9 @@ CHUNK_SAMPLES = 1 << 22
 MAX_TILE_PIXELS = 2
 """Most pixels of all tiles, in multiples of the largest picture: tiles reach beyond its edges."""
 
+BLOCK_PIXELS = 16
+"""Pixels whose memory a strip or tile takes in lists: some 300 bytes."""
+
 UNSIGNED = 1
 SEPARATE = 2
 """Planar configuration in which each sample has a plane of its own."""
@@ -101,18 +104,24 @@ class Work:
     tile_pixels: int
     bytes_at_once: int
     """Bytes of a row of strips or tiles, which are decompressed together."""
+    blocks: int
+    """Number of strips or tiles of a plane."""
 
     @property
     def pixels(self) -> int:
         """The work as a number of pixels: those of the smallest picture that may take so much memory."""
-        return max(-(-self.tile_pixels // MAX_TILE_PIXELS), -(-self.bytes_at_once // MAX_PIXEL_BYTES))
+        return max(
+            -(-self.tile_pixels // MAX_TILE_PIXELS),
+            -(-self.bytes_at_once // MAX_PIXEL_BYTES),
+            self.blocks * BLOCK_PIXELS,
+        )
 
 
 def work_of(directory: Directory) -> Work:
     grid = Grid.of(directory, directory.get(WIDTH, 0), directory.get(HEIGHT, 0))
     samples = 1 if directory.get(PLANAR, 1) == SEPARATE else directory.get(SAMPLES, 1)
     row_bytes = (grid.width * samples * directory.get(BITS, 1) + 7) // 8
-    return Work(grid.pixels, row_bytes * grid.columns * grid.height)
+    return Work(grid.pixels, row_bytes * grid.columns * grid.height, grid.rows * grid.columns)
 
 
 def _layout(file: File, directory: Directory) -> Layout:

@@ -122,6 +122,15 @@ def test_a_tiff_claims_what_its_blocks_take_and_is_decoded_within_that(
         decode_image(data, max_pixels=claim.pixels - 1)
 
 
+def test_a_tiff_of_many_strips_claims_their_lists() -> None:
+    """100,000 strips of 8 pixels held 85 MiB: 300 bytes each, besides the pixels."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((2000, 8), np.uint8), rowsperstrip=1, metadata=None)
+    claim = claim_of(file.getvalue())
+    assert claim.decode_bytes(50_000_000) >= 2000 * (250 + 8)
+    assert decode_image(file.getvalue(), max_pixels=16_000).shape == (2000, 8, 3)
+
+
 @pytest.mark.parametrize(
     ("data", "soon"),
     [
