@@ -140,7 +140,7 @@ def test_after_20_000_requests_the_server_holds_what_it_held_before(tmp_path: Pa
 def test_a_build_that_leaks_is_found_by_the_same_check(
     tmp_path: Path, leaking: str, requests: int, warm_up: int
 ) -> None:
-    """Descriptors and threads are level from the first requests on; memory is not."""
+    """Descriptors and threads need a shorter warm-up than memory."""
     with server_process(tmp_path, "--threads", "1", program=("-m", "tests.support.faulty_service", leaking)) as server:
         samples = soak(server, requests, warm_up)
     assert leaks(samples, requests, warm_up) >= set(leaking.split(",")), samples
